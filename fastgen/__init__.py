@@ -1,0 +1,1 @@
+"""LLaMA-family generation: the chain from checkpoint to text. README.md gives the reading order."""

@@ -1,0 +1,1 @@
+"""Weight-only quantization: formats, packing and the methods that choose the integers."""

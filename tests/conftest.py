@@ -1,0 +1,25 @@
+"""Fixtures that many test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real models, tokenizers and texts beside the checkout; the test is skipped without it."""
+    if not DATA.is_dir():
+        pytest.skip("needs ../shared/data")
+    return DATA
+
+
+def pytest_configure() -> None:
+    """Two workers on two cores: one thread each, and no tokenizer threads behind a fork."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,1 @@
+"""Tensor parallelism, applied to the model from outside."""
