@@ -74,7 +74,16 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_seq_len")
+        sizes = (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "hidden_dim",
+            "vocab_size",
+            "max_seq_len",
+        )
         for name in sizes:
             if not 1 <= getattr(self, name) <= 2**31 - 1:
                 raise ModelFileError(f"model config: {name} is {getattr(self, name)}, expected a positive size")

@@ -7,6 +7,8 @@ is then one tensor, and the page cache still serves the second load.
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +16,17 @@ import torch
 from fastgen.errors import ModelFileError
 
 CHUNK = 1 << 30  # Linux transfers at most 2 GiB a call
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put `path` in front of a `ModelFileError` about values that were read out of it, unless it stands there."""
+    try:
+        yield
+    except ModelFileError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise ModelFileError(f"{path}: {error}") from error
 
 
 class RandomAccessFile:
@@ -52,7 +65,7 @@ class RandomAccessFile:
         self._checked(offset, count)
         tensor = torch.empty(shape, dtype=dtype)
         if count:
-            self._fill(offset, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            self._fill(offset, memoryview(tensor.view(-1).view(torch.uint8).numpy().data))
         return tensor
 
     def _checked(self, offset: int, count: int) -> int:

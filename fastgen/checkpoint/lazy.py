@@ -26,6 +26,11 @@ class LazyTensor(ABC):
         self.shape = tuple(shape)
         self.dtype = dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor, once read."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
     def __getitem__(self, index: slice | tuple[slice, ...]) -> torch.Tensor:
         slices = index if isinstance(index, tuple) else (index,)
         assert len(slices) <= len(self.shape), f"{len(slices)} slices for a tensor of {len(self.shape)} dimensions"

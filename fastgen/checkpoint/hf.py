@@ -1,0 +1,120 @@
+"""Hugging Face folders: `config.json` beside weights in safetensors or PyTorch files, whole or in shards.
+
+Of several kinds of weights in one folder the first of `WEIGHTS` is read, as Transformers does. A sharded model's
+index names its shards: these must be files of the same folder, whatever the index says.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fastgen.checkpoint.hf_config import config_from_hf
+from fastgen.checkpoint.json_file import read_json
+from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
+from fastgen.checkpoint.names import HF, assemble, main_dtype, shortened
+from fastgen.checkpoint.safetensors_file import looks_like_safetensors, read_safetensors
+from fastgen.checkpoint.torch_bin import read_torch
+from fastgen.errors import ModelFileError
+from fastgen.files import RandomAccessFile
+from fastgen.tokenizer.base import Tokenizer
+
+INDEX = ".index.json"
+WEIGHTS = (
+    "model.safetensors",
+    f"model.safetensors{INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX}",
+)
+
+
+def open_hf(folder: Path, weights: Path | None = None) -> Checkpoint:
+    """Open a Hugging Face folder; `weights` is the file to read in it, by default the first of `WEIGHTS`.
+
+    Raises `ModelFileError` for whatever is missing, damaged or not supported, by file and field.
+    """
+    if not os.path.lexists(folder / "config.json"):
+        raise ModelFileError(f"{folder}: no config.json, which says what the model is, stands beside the weights")
+    raw = read_json(folder / "config.json")
+    if raw.get("quantization_config"):
+        raise ModelFileError(f"{folder / 'config.json'}: quantized checkpoints are not supported yet")
+    config = config_from_hf(raw, folder / "config.json")
+    weights = weights or _find_weights(folder)
+    tensors = assemble(config, _read_weights(weights), HF, weights)
+    return Checkpoint(
+        path=folder,
+        format="hugging face",
+        config=config,
+        dtype=main_dtype(tensors.values()),
+        tensors=tensors,
+        open_tokenizer=lambda: _open_tokenizer(folder),
+    )
+
+
+def has_hf_weights(folder: Path) -> bool:
+    """Return whether `folder` holds weights under one of the names of Hugging Face."""
+    return any(os.path.lexists(folder / name) for name in WEIGHTS)
+
+
+def _find_weights(folder: Path) -> Path:
+    for name in WEIGHTS:
+        if os.path.lexists(folder / name):
+            return folder / name
+    raise ModelFileError(f"{folder}: has a config.json, but none of {', '.join(WEIGHTS)}")
+
+
+def _read_weights(path: Path) -> Mapping[str, LazyTensor]:
+    """Return the tensors of one weight file, or of all shards of an index."""
+    if not path.name.endswith(INDEX):
+        return _reader(path)(path)
+    shards = _shards(path)
+    files = {
+        name: _reader(file)(file) for name, file in {name: _within(path, name) for name in shards.values()}.items()
+    }
+    lost = [f"{tensor} (in {name})" for tensor, name in shards.items() if tensor not in files[name]]
+    if lost:
+        raise ModelFileError(
+            f"{path}: tensors that are not in the file the index names ({len(lost)}): {shortened(lost)}"
+        )
+    return {tensor: files[name][tensor] for tensor, name in shards.items()}
+
+
+def _reader(path: Path) -> Callable[[Path], Mapping[str, LazyTensor]]:
+    """Return what reads the weight file `path`: its content decides, not its name."""
+    file = RandomAccessFile(path)
+    return read_safetensors if looks_like_safetensors(bytes(file.read(0, min(9, file.size)))) else read_torch
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """Return the shard of every tensor."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelFileError(f"{index}: no 'weight_map' from tensors to files")
+    for tensor, name in shards.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
+            raise ModelFileError(f"{index}: tensor {tensor!r} is said to be in {name!r}, which is no plain file name")
+    return shards
+
+
+def _within(index: Path, name: str) -> Path:
+    """Return the path of shard `name` beside `index`, once it is sure to lie there.
+
+    A link must not lead out of the folder. In the Hub's cache every file is a link to `../../blobs`, so there the
+    bounds are those of the model's own part of the cache: models--*/snapshots/<revision>/ may reach models--*/.
+    """
+    folder = index.parent.resolve()
+    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    root = folder.parent.parent if in_cache else folder
+    path = index.parent / name
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise ModelFileError(f"{index}: names the file {name!r}, which is not there or is a broken link") from error
+    if not target.is_relative_to(root):
+        raise ModelFileError(f"{index}: the file {name!r} is a link that leads out of {root}, to {target}")
+    return path
+
+
+def _open_tokenizer(folder: Path) -> Tokenizer:
+    from fastgen.tokenizer.open import open_tokenizer
+
+    return open_tokenizer(folder)

@@ -1,0 +1,199 @@
+"""Tensor names: from the schemes that files use to ours, with every tensor's shape checked on the way.
+
+Ours are few and fused (letters: `fastgen.config`); a scheme says which foreign tensors make up each of them:
+
+    embedding.weight [V, D]    norm.weight [D]    lm_head.weight [V, D], absent when the embeddings are tied
+    layers.{i}. attention_norm.weight [D]    wqkv.weight [(H + 2K) d, D]    wo.weight [D, H d]
+                ffn_norm.weight [D]          w_gate_up.weight [2F, D]       w_down.weight [D, F]
+                q_norm.weight, k_norm.weight [d] (config.qk_norm)
+
+A linear's `.bias` has its weight's rows. `assemble` is the only way from a file's tensors to a model's: what it
+returns fits the config, and everything that does not fit comes in one error.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastgen.checkpoint.lazy import Concat, HalfSplit, LazyTensor
+from fastgen.config import ModelConfig
+from fastgen.errors import ModelFileError
+
+Shape = tuple[int, ...]
+
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SHOWN = 8  # names that an error lists before it only counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How one kind of file names its tensors.
+
+    `model` and `layer` map our module names to theirs, in the order of their rows; `.weight` or `.bias` completes
+    both. `interleaved` says that query and key rows stand in the order of interleaved RoPE.
+    """
+
+    model: Mapping[str, str]
+    layer_prefix: str
+    layer: Mapping[str, tuple[str, ...]]
+    interleaved: bool = False
+    ignored: tuple[str, ...] = ()  # endings of tensors that carry no weights
+
+
+HF = Scheme(
+    model={"embedding": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"},
+    layer_prefix="model.layers.{}.",
+    layer={
+        "attention_norm": ("input_layernorm",),
+        "wqkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "q_norm": ("self_attn.q_norm",),
+        "k_norm": ("self_attn.k_norm",),
+        "wo": ("self_attn.o_proj",),
+        "ffn_norm": ("post_attention_layernorm",),
+        "w_gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+        "w_down": ("mlp.down_proj",),
+    },
+    ignored=("rotary_emb.inv_freq",),
+)
+
+META = Scheme(
+    model={"embedding": "tok_embeddings", "norm": "norm", "lm_head": "output"},
+    layer_prefix="layers.{}.",
+    layer={
+        "attention_norm": ("attention_norm",),
+        "wqkv": ("attention.wq", "attention.wk", "attention.wv"),
+        "wo": ("attention.wo",),
+        "ffn_norm": ("ffn_norm",),
+        "w_gate_up": ("feed_forward.w1", "feed_forward.w3"),
+        "w_down": ("feed_forward.w2",),
+    },
+    interleaved=True,
+)
+
+GGUF_NEOX = Scheme(
+    model={"embedding": "token_embd", "norm": "output_norm", "lm_head": "output"},
+    layer_prefix="blk.{}.",
+    layer={
+        "attention_norm": ("attn_norm",),
+        "wqkv": ("attn_q", "attn_k", "attn_v"),
+        "q_norm": ("attn_q_norm",),
+        "k_norm": ("attn_k_norm",),
+        "wo": ("attn_output",),
+        "ffn_norm": ("ffn_norm",),
+        "w_gate_up": ("ffn_gate", "ffn_up"),
+        "w_down": ("ffn_down",),
+    },
+)
+
+GGUF_LLAMA = Scheme(model=GGUF_NEOX.model, layer_prefix=GGUF_NEOX.layer_prefix, layer=GGUF_NEOX.layer, interleaved=True)
+
+
+def assemble(
+    config: ModelConfig, foreign: Mapping[str, LazyTensor], scheme: Scheme, source: Path
+) -> dict[str, LazyTensor]:
+    """Return the tensors of a model with `config` by our names, composed of those that `source` holds.
+
+    Raises one `ModelFileError` that names, as the file does, all missing, unexpected and unfit tensors.
+    """
+    if config.n_layers > len(foreign):
+        raise ModelFileError(
+            f"{source}: {len(foreign)} tensors cannot make up the {config.n_layers} layers that the config asks for"
+        )
+    wanted = {ours: _foreign_parts(ours, shapes, scheme) for ours, shapes in _part_shapes(config)}
+    _check({name: shape for parts in wanted.values() for name, shape in parts}, foreign, config, scheme, source)
+    return {
+        ours: _compose(ours, [foreign[name] for name, _ in parts], config, scheme) for ours, parts in wanted.items()
+    }
+
+
+def main_dtype(tensors: Iterable[LazyTensor]) -> torch.dtype:
+    """Return the dtype that most of the elements of `tensors` have."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def shortened(names: Sequence[str], separator: str = ", ") -> str:
+    """Return the first of `names`, and how many more there are."""
+    rest = len(names) - SHOWN
+    return separator.join(names[:SHOWN]) + (f"{separator}and {rest} more" if rest > 0 else "")
+
+
+def _part_shapes(config: ModelConfig) -> Iterator[tuple[str, list[Shape]]]:
+    """Yield our name of every tensor that `config` asks for, with the shapes of its parts."""
+    yield "embedding.weight", [(config.vocab_size, config.dim)]
+    for layer in range(config.n_layers):
+        for name, shapes in _layer_part_shapes(config):
+            yield f"layers.{layer}.{name}", shapes
+    yield "norm.weight", [(config.dim,)]
+    if not config.tie_embeddings:
+        yield "lm_head.weight", [(config.vocab_size, config.dim)]
+
+
+def _layer_part_shapes(config: ModelConfig) -> Iterator[tuple[str, list[Shape]]]:
+    linears = [
+        ("wqkv", [config.q_dim, config.kv_dim, config.kv_dim], config.dim, config.qkv_bias),
+        ("wo", [config.dim], config.q_dim, config.output_bias),
+        ("w_gate_up", [config.hidden_dim, config.hidden_dim], config.dim, config.mlp_bias),
+        ("w_down", [config.dim], config.hidden_dim, config.mlp_bias),
+    ]
+    for name, rows, columns, bias in linears:
+        yield f"{name}.weight", [(part, columns) for part in rows]
+        if bias:
+            yield f"{name}.bias", [(part,) for part in rows]
+    norms = {"attention_norm": config.dim, "ffn_norm": config.dim}
+    if config.qk_norm:
+        norms |= {"q_norm": config.head_dim, "k_norm": config.head_dim}
+    for name, size in norms.items():
+        yield f"{name}.weight", [(size,)]
+
+
+def _foreign_parts(ours: str, shapes: Sequence[Shape], scheme: Scheme) -> list[tuple[str, Shape]]:
+    """Return the foreign name and the shape of every part of our tensor `ours`."""
+    module, leaf = ours.rsplit(".", 1)
+    if module in scheme.model:
+        names: tuple[str, ...] = (scheme.model[module],)
+    else:
+        _, layer, module = module.split(".")
+        assert module in scheme.layer, f"the scheme has no name for {module}: its reader must refuse such a config"
+        names = tuple(scheme.layer_prefix.format(layer) + name for name in scheme.layer[module])
+    return [(f"{name}.{leaf}", shape) for name, shape in zip(names, shapes, strict=True)]
+
+
+def _compose(ours: str, parts: Sequence[LazyTensor], config: ModelConfig, scheme: Scheme) -> LazyTensor:
+    if ".wqkv." in ours and scheme.interleaved:
+        query, key, value = parts
+        parts = [HalfSplit(query, config.head_dim), HalfSplit(key, config.head_dim), value]
+    return Concat(parts) if len(parts) > 1 else parts[0]
+
+
+def _check(
+    wanted: Mapping[str, Shape],
+    foreign: Mapping[str, LazyTensor],
+    config: ModelConfig,
+    scheme: Scheme,
+    source: Path,
+) -> None:
+    # A head beside tied embeddings is a copy that some writers leave; Transformers does not read it either.
+    ignored = scheme.ignored + ((f"{scheme.model['lm_head']}.weight",) if config.tie_embeddings else ())
+    problems = {
+        "missing tensors": [name for name in wanted if name not in foreign],
+        "unexpected tensors": [name for name in foreign if name not in wanted and not name.endswith(ignored)],
+        "tensors that do not fit the config": [
+            f"{name} is {_describe(foreign[name])} where {list(shape)} is expected"
+            for name, shape in wanted.items()
+            if name in foreign and (foreign[name].shape != shape or foreign[name].dtype not in WEIGHT_DTYPES)
+        ],
+    }
+    found = [f"{kind} ({len(names)}): {shortened(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ModelFileError(f"{source}: " + "\n".join(found))
+
+
+def _describe(tensor: LazyTensor) -> str:
+    """Return the shape, and the dtype where it is none that weights have."""
+    dtype = "" if tensor.dtype in WEIGHT_DTYPES else f"{str(tensor.dtype).removeprefix('torch.')} "
+    return f"{dtype}{list(tensor.shape)}"

@@ -1,0 +1,133 @@
+"""PyTorch's own files (`.bin`, `.pth`): the tensors' places from the pickle, their bytes by positioned reads.
+
+Such a file is a zip archive: `data.pkl`, which says what the tensors are, and one stored (uncompressed) record for
+each storage. The pickle is read with `weights_only=True`, which admits nothing but tensors and containers, and onto
+the meta device, for which PyTorch 2.11 and newer read no storage but note where it lies (`_checkpoint_offset`).
+That place is believed only where the archive's own directory has a record of just that size; then it is read like
+any other file, without a memory map.
+"""
+
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from fastgen.checkpoint.lazy import Bounds, FileTensor, LazyTensor
+from fastgen.errors import ModelFileError
+from fastgen.files import RandomAccessFile
+
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of the name and the extra field
+MAX_PICKLE = 64 << 20  # describes about 200,000 tensors
+
+# What PyTorch's unpickler was seen to raise for damaged archives; all of it means the same to the user.
+LOAD_ERRORS = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    EOFError,
+    OSError,
+    MemoryError,
+    struct.error,
+)
+
+
+def looks_like_torch(start: bytes) -> bool:
+    """Return whether a file's first bytes are those of a zip archive or of a bare pickle."""
+    return start.startswith((b"PK\3\4", b"\x80\x02"))
+
+
+def read_torch(path: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of the PyTorch file `path`, unread. Raises `ModelFileError`; executes nothing."""
+    file = RandomAccessFile(path)
+    if file.read(0, min(2, file.size)) == b"\x80\x02":
+        raise ModelFileError(
+            f"{path}: a PyTorch file in the form of before version 1.6; load it with torch.load and save it again"
+        )
+    records = _records(file)
+    state = _load(path)
+    if not isinstance(state, Mapping):
+        raise ModelFileError(f"{path}: holds a {type(state).__name__} where a dict of tensors is expected")
+    return {str(name): _lazy(file, records, str(name), value) for name, value in state.items()}
+
+
+class StridedTensor(LazyTensor):
+    """A tensor whose elements do not lie row by row: a transposed view, say. Reads all of it, then slices."""
+
+    def __init__(
+        self,
+        file: RandomAccessFile,
+        offset: int,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(shape, dtype)
+        self.file, self.offset, self.strides = file, offset, tuple(strides)
+
+    def read(self, bounds: Bounds) -> torch.Tensor:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        elements = self.file.read_tensor(self.offset, (span,), self.dtype)
+        whole = elements.as_strided(self.shape, self.strides)
+        return whole[tuple(slice(*bound) for bound in bounds)].clone(memory_format=torch.contiguous_format)
+
+
+def _records(file: RandomAccessFile) -> dict[int, int]:
+    """Return the size of every record of the archive by the offset of its bytes."""
+    try:
+        with zipfile.ZipFile(file.path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
+        raise ModelFileError(f"{file.path}: damaged or truncated zip archive: {error}; fetch it again") from error
+    records = {}
+    for entry in entries:
+        name = entry.filename.rpartition("/")[2]
+        if name == "constants.pkl":
+            raise ModelFileError(f"{file.path}: a TorchScript program, not a checkpoint; save its state_dict instead")
+        if entry.compress_type != zipfile.ZIP_STORED or (name == "data.pkl" and entry.file_size > MAX_PICKLE):
+            raise ModelFileError(f"{file.path}: record {entry.filename!r} is compressed or too large; save it again")
+        signature, *lengths = LOCAL_HEADER.unpack(file.read(entry.header_offset, LOCAL_HEADER.size))
+        if signature != b"PK\3\4":
+            raise ModelFileError(f"{file.path}: record {entry.filename!r} is damaged; fetch the file again")
+        offset = entry.header_offset + LOCAL_HEADER.size + sum(lengths)
+        if name == "byteorder" and file.read(offset, min(entry.file_size, 6)) != b"little":
+            raise ModelFileError(f"{file.path}: not in little-endian byte order; save it again on another machine")
+        records[offset] = entry.file_size
+    return records
+
+
+def _load(path: Path) -> object:
+    try:
+        with path.open("rb") as stream:
+            return torch.load(stream, map_location="meta", weights_only=True)
+    except LOAD_ERRORS as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        problem = (
+            f"its pickle asks for {refused[1]}, which tensors do not need; nothing was executed"
+            if refused
+            else f"its pickle is damaged ({type(error).__name__}); fetch it again"
+        )
+        raise ModelFileError(f"{path}: {problem}") from error
+
+
+def _lazy(file: RandomAccessFile, records: Mapping[int, int], name: str, value: object) -> LazyTensor:
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_quantized:
+        raise ModelFileError(f"{file.path}: {name!r} is a {type(value).__name__} where a dense tensor is expected")
+    storage = value.untyped_storage()
+    start = getattr(storage, "_checkpoint_offset", None)
+    if start is None or records.get(start) != storage.nbytes():
+        raise ModelFileError(
+            f"{file.path}: no record of {storage.nbytes()} bytes for {name!r}: damaged, or repacked by another tool"
+        )
+    offset = start + value.storage_offset() * value.dtype.itemsize
+    if value.is_contiguous():
+        return FileTensor(file, offset, value.shape, value.dtype)
+    return StridedTensor(file, offset, value.shape, value.stride(), value.dtype)

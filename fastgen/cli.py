@@ -1,0 +1,183 @@
+"""What all commands share: flags as fields of frozen dataclasses, phases on stderr, and how a command ends.
+
+A command's configuration is a frozen dataclass that inherits the groups of flags below and adds its own; each flag
+is declared in exactly one place, its default with it. The module imports no torch, so that `--help` and usage
+errors answer at once. The answer goes to stdout, everything else to stderr.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from fastgen.errors import INTERRUPTED, FastgenError, UsageError
+
+Config = TypeVar("Config")
+
+
+def flag(default: Any, text: str, *, aliases: Sequence[str] = (), negation: str = "", **argparse_options: Any) -> Any:
+    """Declare a flag as a dataclass field.
+
+    `aliases` are further names for it (gpt-fast's), `negation` is the flag that switches it off.
+    """
+    metadata = {"help": text, "aliases": tuple(aliases), "negation": negation, "argparse": argparse_options}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Which model, in which form, where."""
+
+    model: str = flag(
+        "smollm2", "a folder, a file, or a built-in name: smollm2", aliases=["checkpoint-path"], metavar="M"
+    )
+    revision: str | None = flag(None, "the hub's revision of --model", metavar="R")
+    offline: bool = flag(False, "never ask the network")
+    tokenizer: str | None = flag(None, "a tokenizer's file or folder, if not the model's own", metavar="PATH")
+    quant: str | None = flag(None, "quantize the weights at load", choices=("int8", "int4", "q8_0"))
+    group_size: int = flag(128, "int4: weights that share a scale", choices=(32, 64, 128, 256))
+    symmetric: bool = flag(False, "int4: without zero points", negation="asymmetric")
+    keep: str | None = flag(None, "formats of single weights, as in lm_head=bf16,layers.0=int8", metavar="RULES")
+    kv_cache: str | None = flag(None, "format of the KV cache", choices=("int8",))
+    compile: bool = flag(False, "compile with torch.compile", aliases=["compile-prefill"])
+    device: str | None = flag(None, "cuda, cuda:N or cpu (default: cuda where there is one)", metavar="D")
+    dtype: str | None = flag(None, "precision (default: bf16 where it is native)", choices=("bf16", "fp16", "fp32"))
+    max_seq_len: int | None = flag(
+        None, "tokens that the KV cache holds (default: what is needed)", type=int, metavar="N"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeculationFlags:
+    """Draft-and-target decoding."""
+
+    draft: str | None = flag(None, "a draft model", aliases=["draft-checkpoint-path"], metavar="M")
+    speculate: str | None = flag(None, "tokens to draft a round, or auto", aliases=["speculate-k"], metavar="K")
+    accept: str | None = flag(None, "how drafts are accepted", choices=("leviathan", "coupled"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How tokens are chosen, and when to stop."""
+
+    temperature: float = flag(0.0, "0 takes the likeliest token (default)", type=float, metavar="T")
+    top_k: int = flag(0, "sample from the k likeliest tokens; 0 = all", type=int, metavar="K")
+    top_p: float = flag(1.0, "sample from the likeliest tokens that hold this probability", type=float, metavar="P")
+    min_p: float = flag(0.0, "drop tokens below this share of the likeliest one's probability", type=float, metavar="P")
+    repetition_penalty: float = flag(1.0, "above 1: tokens of the text become less likely", type=float, metavar="R")
+    seed: int = flag(0, "of the sampling noise: same seed, same text", type=int, metavar="S")
+    max_new_tokens: int = flag(200, "tokens to generate at most (default 200)", type=int, metavar="N")
+    stop: tuple[str, ...] = flag((), "end the text here; may be given several times", action="append", metavar="TEXT")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """What a command prints."""
+
+    json: bool = flag(False, "print one JSON document as the last line of stdout")
+    debug: bool = flag(False, "show tracebacks")
+
+
+UNBUILT = ("revision", "quant", "keep", "kv_cache", "compile", "draft", "speculate", "accept")
+"""Flags that exist from the start and are refused until what they name is built."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and suggest the flag that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in message.split():
+            close = difflib.get_close_matches(word.split("=")[0], known, n=1)
+            if word.startswith("--") and word not in known and close:
+                message += f"; did you mean {close[0]}?"
+        self.exit(UsageError.exit_status, f"{self.prog}: {message} (--help lists all flags)\n")
+
+
+def parse(config: type[Config], argv: Sequence[str] | None, *, prog: str, description: str) -> Config:
+    """Return the command's configuration; usage errors and `--help` end the process."""
+    parser = Parser(prog=f"python -m {prog}", description=description, allow_abbrev=False)
+    for entry in dataclasses.fields(config):  # type: ignore[arg-type]
+        names = [f"--{name.replace('_', '-')}" for name in (entry.name, *entry.metadata["aliases"])]
+        options = {"default": entry.default, "help": entry.metadata["help"], **entry.metadata["argparse"]}
+        if "choices" in options:
+            options.setdefault("type", type(options["choices"][0]))
+        elif entry.type is bool:
+            options.setdefault("action", "store_true")
+        if options.get("action") == "append":
+            options["default"] = None
+        parser.add_argument(*names, dest=entry.name, **options)
+        if entry.metadata["negation"]:
+            parser.add_argument(
+                f"--{entry.metadata['negation']}",
+                dest=entry.name,
+                action="store_false",
+                help=f"the opposite of {names[0]}",
+            )
+    values = vars(parser.parse_args([_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]))
+    for name in UNBUILT:
+        if values.get(name) not in (None, False):
+            parser.error(f"--{name.replace('_', '-')}: not built yet; leave it out")
+    return config(**{name: tuple(value or ()) if name == "stop" else value for name, value in values.items()})
+
+
+def _dashed(word: str) -> str:
+    """Accept underscores in flags (`--max_new_tokens`), never touching values."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def run(command: Callable[[], int], *, prog: str) -> NoReturn:
+    """End the process with the command's status; a user's error is its message alone, unless `--debug` is given."""
+    try:
+        status = command()
+        sys.stdout.flush()
+    except FastgenError as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.stderr.write(f"{prog}: {error}\n")
+        status = error.exit_status
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read stdout has seen enough; leave without Python's complaint when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
+class Phases:
+    """The phases of a command on stderr: a live line on a terminal, one plain line each elsewhere."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str, detail: str = "") -> Iterator[Callable[[int, int], None]]:
+        """Show that `name` is under way; yields a function (done, total) that moves its bar."""
+        start = time.perf_counter()
+        if sys.stderr.isatty():
+            with _bar(f"{name} {detail}") as advance:
+                yield advance
+        else:
+            yield lambda done, total: None
+        self.seconds[name] = time.perf_counter() - start
+        sys.stderr.write(f"{name:<10} {detail}  {self.seconds[name]:.1f} s\n")
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

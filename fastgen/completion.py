@@ -1,0 +1,105 @@
+"""From tokens to text: what a generation is asked for, what it gives, and where it ends.
+
+`TextStream` turns one text's tokens into pieces that can be printed at once: never half a character, and nothing
+that may turn out to be the beginning of a stop string.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fastgen.errors import UsageError
+from fastgen.sampling import SamplingOptions
+from fastgen.tokenizer.base import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """What to generate.
+
+    Attributes:
+        max_new_tokens: at most so many tokens; the model's end-of-text tokens end a text earlier.
+        stop: strings that end a text; they are not part of it.
+        ignore_eos: go on past the model's end-of-text tokens (benchmarks).
+        sampling: how a token is chosen; greedy by default.
+    """
+
+    max_new_tokens: int = 200
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: expected at least 1")
+        if "" in self.stop:
+            raise UsageError("--stop: an empty string would end every text at once")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished text: its new tokens, their text, and why it ended: "stop" or "length".
+
+    `tokens` holds every token that was generated, an end-of-text token included; `text` has neither that nor the
+    stop string.
+    """
+
+    prompt_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]
+    text: str
+    finish_reason: str
+
+
+class TextStream:
+    """The text of one row as its tokens arrive."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], options: GenerationOptions, *, room: int) -> None:
+        """`room` is how many tokens fit behind the prompt."""
+        self._decoder = tokenizer.incremental(continues=bool(prompt))
+        self._vocab_size = tokenizer.vocab_size
+        self._stop_ids = frozenset() if options.ignore_eos else tokenizer.stop_ids
+        self._stop = options.stop
+        self._limit = min(options.max_new_tokens, room)
+        self._held = ""
+        self._prompt = tuple(prompt)
+        self._tokens: list[int] = []
+        self._pieces: list[str] = []
+        self.finish_reason = ""
+
+    def push(self, token: int) -> str:
+        """Take the next token and return the text that can be shown now; sets `finish_reason` at the end."""
+        assert not self.finish_reason, "a finished text takes no tokens"
+        self._tokens.append(token)
+        if token in self._stop_ids:
+            self.finish_reason = "stop"
+            return self._release(self._decoder.flush(), final=True)
+        # Embeddings are often padded beyond the vocabulary; ids there have no text.
+        text = self._decoder.push(token) if token < self._vocab_size else ""
+        if len(self._tokens) < self._limit:
+            return self._release(text, final=False)
+        released = self._release(text + self._decoder.flush(), final=True)
+        self.finish_reason = self.finish_reason or "length"
+        return released
+
+    def completion(self) -> Completion:
+        """Return what has been generated so far, held-back text included."""
+        return Completion(self._prompt, tuple(self._tokens), "".join(self._pieces) + self._held, self.finish_reason)
+
+    def _release(self, text: str, *, final: bool) -> str:
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            piece, self._held = self._held[: min(found)], ""
+            self.finish_reason = "stop"
+        else:
+            keep = 0 if final else self._possible_stop()
+            piece, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        self._pieces.append(piece)
+        return piece
+
+    def _possible_stop(self) -> int:
+        """Return the length of the longest end of the held text that begins a stop string."""
+        for length in range(max(map(len, self._stop), default=1) - 1, 0, -1):
+            end = self._held[-length:]
+            if len(end) == length and any(stop.startswith(end) for stop in self._stop):
+                return length
+        return 0

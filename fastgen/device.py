@@ -1,0 +1,96 @@
+"""Where and in which precision to run, decided once, with the reason; and how fast that memory can be read.
+
+A decode step reads every weight once, so its floor is bytes / read bandwidth. The bandwidth is measured with a
+read-only sum on the device itself, in the same run as the speed that stands beside it, never from a datasheet.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from fastgen.errors import UsageError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A device, the dtype of weights and activations on it, and why this dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+
+def choose_placement(device: str | None = None, dtype: str | None = None) -> Placement:
+    """Return where to run; `None` lets the machine decide.
+
+    Args:
+        device: "cuda", "cuda:N" or "cpu"; by default cuda where there is one.
+        dtype: "bf16", "fp16" or "fp32"; by default bf16, fp16 on GPUs below sm_80, fp32 on CPUs without
+            AVX512-BF16 (they convert every bf16 weight in software, which costs more than the bytes it saves).
+
+    Raises:
+        UsageError: the device is not there or not known.
+    """
+    place = _choose_device(device)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+        return Placement(place, DTYPES[dtype], "as asked")
+    if place.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(place)
+        if major < 8:
+            return Placement(place, torch.float16, f"sm_{major}{minor} has no bf16 arithmetic")
+        return Placement(place, torch.bfloat16, "the GPU's native precision")
+    if torch.cpu._is_avx512_bf16_supported():
+        return Placement(place, torch.bfloat16, "the CPU has AVX512-BF16")
+    return Placement(place, torch.float32, "the CPU has no AVX512-BF16")
+
+
+def _choose_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: not a device; expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: only cpu and cuda are supported")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            built = "finds no NVIDIA GPU" if torch.version.cuda else "is a build without CUDA"
+            raise UsageError(f"--device {name}: PyTorch {torch.__version__} {built}; use --device cpu")
+        if (device.index or 0) >= count:
+            raise UsageError(f"--device {name}: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}")
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """Return the device's name, for people and for results."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+
+
+def measure_read_bandwidth(device: torch.device, *, size: int | None = None, repeats: int = 5) -> float:
+    """Return the best of `repeats` read-only passes over `size` bytes (1 GiB on CUDA, 256 MiB else), in GB/s."""
+    count = (size or (1 << 30 if device.type == "cuda" else 1 << 28)) // 4
+    data = torch.ones(count, dtype=torch.float32, device=device)
+    data.sum()
+    best = float("inf")
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        data.sum()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return count * 4 / best / 1e9
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

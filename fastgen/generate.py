@@ -1,0 +1,212 @@
+"""Text from a prompt, streamed: `python -m fastgen.generate --prompt "Once upon a time"`.
+
+The text goes to stdout, phases and figures to stderr. Works with no argument at all.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastgen import cli
+from fastgen.errors import INTERRUPTED, ModelFileError, UsageError
+
+if TYPE_CHECKING:
+    from fastgen.completion import Completion, GenerationOptions
+    from fastgen.engine import Engine
+    from fastgen.load import LoadedModel
+    from fastgen.report import Metrics
+
+PROG = "fastgen.generate"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig(cli.ModelFlags, cli.SpeculationFlags, cli.SamplingFlags, cli.OutputFlags):
+    """The flags of `fastgen.generate`."""
+
+    prompt: str = cli.flag("Once upon a time", "the text to continue; - reads stdin", metavar="TEXT")
+    prompt_file: str | None = cli.flag(None, "a file with the text to continue", metavar="FILE")
+    chat: bool = cli.flag(False, "the prompt is a message: put it into the model's chat template")
+    system: str | None = cli.flag(None, "with --chat: the system message", metavar="TEXT")
+    num_samples: int = cli.flag(1, "texts to generate (with a --temperature they differ)", type=int, metavar="N")
+    ignore_eos: bool = cli.flag(False, "go on past the model's end-of-text tokens")
+    echo: bool = cli.flag(False, "print the prompt before the text")
+    stream: bool = cli.flag(True, "print the text as it comes (default)", negation="no-stream")
+    interactive: bool = cli.flag(False, "gpt-fast's name for a chat")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    config = cli.parse(GenerateConfig, argv, prog=PROG, description="Generate text from a prompt.")
+    if config.interactive:
+        raise UsageError("--interactive: chats are not built yet; use --chat for a single answer")
+    if config.num_samples < 1:
+        raise UsageError(f"--num-samples {config.num_samples}: expected at least 1")
+    prompt = read_prompt(config)
+    options = generation_options(config)
+    phases = cli.Phases()
+    model = _load(config, phases)
+    tokens = encode_prompt(model, config, prompt)
+    engine = _engine(model, config, tokens)
+
+    completions, metrics = [], []
+    interrupted = False
+    for sample in range(config.num_samples):
+        if config.num_samples > 1 and not config.json:
+            sys.stdout.write(f"--- sample {sample + 1}\n")
+        completion, interrupted = _generate(engine, config, options, tokens, sample, prompt)
+        completions.append(completion)
+        metrics.append(_measure(engine, completion, phases.seconds["load"]))
+        if interrupted:
+            break
+    _report(model, config, prompt, completions, metrics)
+    return INTERRUPTED if interrupted else 0
+
+
+def read_prompt(config: GenerateConfig) -> str:
+    """Return the prompt's text from the flag, a file or stdin; one newline at a file's end is dropped.
+
+    Raises:
+        ModelFileError: the file cannot be read or is not UTF-8.
+    """
+    if config.prompt_file is None and config.prompt != "-":
+        return config.prompt
+    try:
+        if config.prompt_file is None:
+            text = sys.stdin.buffer.read().decode()
+        else:
+            text = Path(config.prompt_file).read_bytes().decode()
+    except OSError as error:
+        raise ModelFileError(f"--prompt-file {config.prompt_file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelFileError(f"the prompt is not UTF-8 at byte {error.start}; convert it first") from error
+    return text.removesuffix("\n")
+
+
+def generation_options(config: GenerateConfig) -> "GenerationOptions":
+    """Return the engine's options of these flags."""
+    from fastgen.completion import GenerationOptions
+    from fastgen.sampling import SamplingOptions
+
+    names = {field.name for field in dataclasses.fields(SamplingOptions)}
+    sampling = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
+    return GenerationOptions(
+        max_new_tokens=config.max_new_tokens,
+        stop=config.stop,
+        ignore_eos=config.ignore_eos,
+        sampling=SamplingOptions(**sampling),
+    )
+
+
+def encode_prompt(model: "LoadedModel", config: GenerateConfig, prompt: str) -> list[int]:
+    """Return the prompt's token ids, through the chat template with `--chat`."""
+    if not config.chat:
+        if config.system is not None:
+            raise UsageError("--system: only with --chat")
+        return model.tokenizer.encode(prompt)
+    messages = [{"role": "system", "content": config.system}] if config.system is not None else []
+    return model.tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}])
+
+
+def _load(config: GenerateConfig, phases: cli.Phases) -> "LoadedModel":
+    from fastgen.load import load_model
+
+    with phases.phase("load", config.model) as advance:
+        return load_model(
+            config.model,
+            tokenizer=config.tokenizer,
+            device=config.device,
+            dtype=config.dtype,
+            progress=advance,
+        )
+
+
+def _engine(model: "LoadedModel", config: GenerateConfig, tokens: list[int]) -> "Engine":
+    from fastgen.engine import Engine
+
+    needed = min(len(tokens) + config.max_new_tokens, model.config.max_seq_len)
+    return Engine(model, max_seq_len=config.max_seq_len or needed)
+
+
+def _generate(
+    engine: "Engine",
+    config: GenerateConfig,
+    options: "GenerationOptions",
+    tokens: list[int],
+    sample: int,
+    prompt: str,
+) -> tuple["Completion", bool]:
+    """Return one completion, printed as it came, and whether Ctrl-C cut it short."""
+    from fastgen.completion import TextStream
+
+    show = not config.json
+    if show and config.echo:
+        sys.stdout.write(prompt)
+    streams: list[TextStream] = []
+    interrupted = False
+    try:
+        for piece in engine.stream([tokens], options, streams=streams, samples=[sample]):
+            if show and config.stream:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted = True
+    completion = streams[0].completion()
+    if show:
+        sys.stdout.write("\n" if config.stream else f"{completion.text}\n")
+        sys.stdout.flush()
+    return completion, interrupted
+
+
+def _measure(engine: "Engine", completion: "Completion", load_seconds: float) -> "Metrics":
+    from fastgen.report import measure
+
+    return measure(
+        engine.model,
+        engine.timings,
+        load_seconds=load_seconds,
+        prompt_tokens=len(completion.prompt_tokens),
+        new_tokens=len(completion.tokens),
+    )
+
+
+def _report(
+    model: "LoadedModel",
+    config: GenerateConfig,
+    prompt: str,
+    completions: list["Completion"],
+    metrics: list["Metrics"],
+) -> None:
+    from fastgen import report
+    from fastgen.device import describe
+
+    sys.stderr.write(report.summary(model, metrics[-1]) + "\n")
+    if not config.json:
+        return
+    document = {
+        "schema_version": report.SCHEMA_VERSION,
+        "command": PROG,
+        "config": dataclasses.asdict(config),
+        "model": {"path": str(model.checkpoint.path), "format": model.checkpoint.format},
+        "device": describe(model.placement.device),
+        "versions": report.versions(),
+        "samples": [
+            {
+                "prompt": prompt,
+                "prompt_tokens": list(completion.prompt_tokens),
+                "text": completion.text,
+                "tokens": list(completion.tokens),
+                "finish_reason": completion.finish_reason or "interrupted",
+                "metrics": report.metrics_json(measured),
+            }
+            for completion, measured in zip(completions, metrics, strict=True)
+        ],
+        "metrics": report.metrics_json(metrics[-1]),
+    }
+    sys.stdout.write(json.dumps(document) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, prog=PROG)

@@ -1,0 +1,125 @@
+"""The stages of a transformer block in plain torch: what each computes, defined once.
+
+These functions are the definition, the CPU path, what torch.compile fuses, and what tests and benchmarks compare
+the kernels beside them with. A model is handed its stages as a namespace with these seven names, so another file
+(`fused`, or tensor parallelism's) can stand in for this one.
+
+Letters: B rows (texts), T new tokens of each, L filled cache positions, S cache capacity; D model width, H query
+heads, K key/value heads, G = H / K, d head width, F hidden width, V vocabulary. A linear is a module that maps
+[.., in] to [.., out] and may be quantized; a norm holds `weight` [D] and `eps`.
+
+Sources: LLaMA (arXiv 2302.13971): RMSNorm (1910.07467), SwiGLU (2002.05202), RoPE (2104.09864); grouped-query
+attention (2305.13245); sliding window (2310.06825).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen.kernels.rope import apply_rope
+
+
+class Step(NamedTuple):
+    """Where the new tokens of one forward pass stand; the same for every layer.
+
+    Attributes:
+        positions: [B, T] int64, each token's place in its text; a row's cache is written there.
+        key_positions: [L] int64, 0 .. L - 1: the part of the cache that attention reads. Every position that
+            may be attended to lies in it; what lies behind a token's own position is masked.
+        rope: [B, T, d] float32, cosines then sines of the rotation at `positions`.
+    """
+
+    positions: Tensor
+    key_positions: Tensor
+    rope: Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / rms(x) * weight over the last dimension, computed in fp32, in x's dtype."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype)
+
+
+def embed(tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+    """Return the rows of the embedding: tokens [B, T] int64 -> [B, T, D]."""
+    return F.embedding(tokens, embedding.weight)
+
+
+def norm_linear(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
+    """Return linear(rms_norm(x)): x [B, T, D] -> [B, T, out]."""
+    return linear(_normalize(x, norm))
+
+
+def linear_add(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
+    """Return residual + linear(x): x [B, T, in], residual [B, T, D] -> [B, T, D]."""
+    return residual + linear(x)
+
+
+def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:
+    """Return silu(gate) * up with [gate, up] = gate_up(rms_norm(x)): x [B, T, D] -> [B, T, F]."""
+    gate, up = gate_up(_normalize(x, norm)).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
+    """Return the logits linear(rms_norm(x)) in fp32: x [.., D] -> [.., V]."""
+    return linear(_normalize(x, norm)).float()
+
+
+def attend(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    step: Step,
+    *,
+    scale: float,
+    window: int = 0,
+    q_norm: nn.RMSNorm | None = None,
+    k_norm: nn.RMSNorm | None = None,
+) -> Tensor:
+    """Rotate q and k, append k and v to the caches in place, and attend to the filled part.
+
+    Args:
+        qkv: [B, T, (H + 2K) d], the query heads, then the key heads, then the value heads.
+        k_cache, v_cache: [B, K, S, d]; row b is written at step.positions[b].
+        scale: what the scores are multiplied with, 1 / sqrt(d) in every known family.
+        window: a token sees this many positions, its own included; 0 = all before it.
+        q_norm, k_norm: RMSNorms over d that are applied to every head before the rotation.
+
+    Returns:
+        [B, T, H d].
+    """
+    B, T, _ = qkv.shape
+    K, d = k_cache.shape[1], k_cache.shape[3]
+    q, k, v = qkv.view(B, T, -1, d).split((qkv.shape[-1] // d - 2 * K, K, K), dim=2)
+    if q_norm is not None and k_norm is not None:
+        q, k = _normalize(q, q_norm), _normalize(k, k_norm)
+    q, k = apply_rope(q, step.rope), apply_rope(k, step.rope)
+
+    rows = torch.arange(B, device=qkv.device)[:, None]
+    k_cache[rows, :, step.positions] = k.to(k_cache.dtype)
+    v_cache[rows, :, step.positions] = v.to(v_cache.dtype)
+
+    # The G query heads that share a key head become rows of one matrix: K and V are read once and never expanded.
+    L = step.key_positions.shape[0]
+    grouped = q.view(B, T, K, -1, d).permute(0, 2, 3, 1, 4).reshape(B, K, -1, d)
+    mask = _visible(step, window).repeat(1, grouped.shape[2] // T, 1)[:, None]
+    y = F.scaled_dot_product_attention(
+        grouped, k_cache[:, :, :L].to(q.dtype), v_cache[:, :, :L].to(q.dtype), attn_mask=mask, scale=scale
+    )
+    return y.view(B, K, -1, T, d).permute(0, 3, 1, 2, 4).reshape(B, T, -1)
+
+
+def _visible(step: Step, window: int) -> Tensor:
+    """Return [B, T, L] bool: which cache positions each token may see."""
+    query, key = step.positions[:, :, None], step.key_positions
+    visible = key <= query
+    return visible & (key > query - window) if window else visible
+
+
+def _normalize(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    assert norm.eps is not None, "a norm of a checkpoint has its eps"
+    return rms_norm(x, norm.weight, norm.eps)

@@ -1,0 +1,127 @@
+"""The engine gives what its naive twin gives, whatever the chunks, the batch and the options."""
+
+import pytest
+import torch
+
+from fastgen.completion import GenerationOptions
+from fastgen.engine import CHUNKS, Engine, chunks
+from fastgen.errors import ModelFileError, UsageError
+from fastgen.naive import generate_naively
+from fastgen.sampling import SamplingOptions
+from tests.models import random_model
+
+FAMILIES = {
+    "llama": {},
+    "mha": {"n_kv_heads": 4},
+    "mqa-tied": {"n_kv_heads": 1, "tie_embeddings": True},
+    "biases-window": {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "windows": (5, 0)},
+    "qk-norm-wide-heads": {"qk_norm": True, "head_dim": 16},
+}
+
+
+def text_of(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 150])
+def test_greedy_tokens_equal_the_naive_twins(family: str, length: int) -> None:
+    model = random_model(**FAMILIES[family])
+    prompt, options = text_of(length), GenerationOptions(max_new_tokens=24, ignore_eos=True)
+    expected = generate_naively(model, prompt, 24, options.sampling)
+    assert list(Engine(model).generate([prompt], options)[0].tokens) == expected
+    assert len(set(expected)) > 3, "a text of one repeated token would prove little"
+
+
+def test_sampled_tokens_equal_the_naive_twins_with_every_filter() -> None:
+    model, prompt = random_model(), text_of(20)
+    sampling = SamplingOptions(
+        temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=5
+    )
+    expected = generate_naively(model, prompt, 30, sampling)
+    options = GenerationOptions(max_new_tokens=30, ignore_eos=True, sampling=sampling)
+    assert list(Engine(model).generate([prompt], options)[0].tokens) == expected
+
+
+def test_sampled_texts_repeat_by_seed_and_differ_by_seed_and_sample() -> None:
+    engine = Engine(random_model(), batch=2)
+    prompt = text_of(9)
+
+    def texts(seed: int) -> list[tuple[int, ...]]:
+        sampling = SamplingOptions(temperature=1.0, seed=seed)
+        options = GenerationOptions(max_new_tokens=20, ignore_eos=True, sampling=sampling)
+        return [row.tokens for row in engine.generate([prompt, prompt], options)]
+
+    assert texts(1) == texts(1)
+    assert len({*texts(1), *texts(2)}) == 4
+
+
+def test_rows_of_a_batch_equal_single_runs() -> None:
+    model = random_model()
+    prompts = [text_of(3, 1), text_of(40, 2), text_of(17, 3)]
+    options = GenerationOptions(max_new_tokens=20, ignore_eos=True)
+    alone = [Engine(model).generate([prompt], options)[0].tokens for prompt in prompts]
+    assert [row.tokens for row in Engine(model, batch=3).generate(prompts, options)] == alone
+
+
+def test_an_engine_forgets_its_last_text() -> None:
+    model, options = random_model(), GenerationOptions(max_new_tokens=10, ignore_eos=True)
+    engine = Engine(model)
+    first = engine.generate([text_of(12)], options)
+    engine.generate([text_of(90, 7)], options)
+    assert engine.generate([text_of(12)], options) == first
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 127, 128, 700, 1023, 1024, 2500])
+def test_chunks_cover_a_prompt_without_gap(length: int) -> None:
+    position = 0
+    for start, width in chunks(length):
+        assert start == position and width in CHUNKS
+        position += width
+    assert length <= position < length + CHUNKS[-1]
+
+
+def test_a_text_ends_at_an_end_token_and_keeps_it_out_of_the_text() -> None:
+    model = random_model()
+    prompt = text_of(5)
+    plain = Engine(model).generate([prompt], GenerationOptions(max_new_tokens=40, ignore_eos=True))[0]
+    ending = plain.tokens[6]
+    model.tokenizer.stop_ids = frozenset({ending})
+    ended = Engine(model).generate([prompt], GenerationOptions(max_new_tokens=40))[0]
+    at = plain.tokens.index(ending)
+    assert ended.tokens == plain.tokens[: at + 1]
+    assert ended.finish_reason == "stop"
+    assert ended.text == model.tokenizer.decode(plain.tokens[:at])
+
+
+def test_a_full_context_ends_a_text() -> None:
+    model = random_model(max_seq_len=64)
+    row = Engine(model).generate([text_of(50)], GenerationOptions(max_new_tokens=100, ignore_eos=True))[0]
+    assert len(row.tokens) == 14
+    assert row.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([list(range(64))], "64 tokens.*64"),
+        ([[]], "empty"),
+        ([[300]], "token 300"),
+        ([[1], [2]], "2 prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused(prompts: list[list[int]], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Engine(random_model(max_seq_len=64)).generate(prompts)
+
+
+def test_a_context_beyond_the_models_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"1000.*256"):
+        Engine(random_model(), max_seq_len=1000)
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    model = random_model()
+    model.transformer.norm.weight[3] = float("nan")
+    with pytest.raises(ModelFileError, match="not finite at position 4"):
+        Engine(model).generate([[1, 2, 3, 4]])
