@@ -4,12 +4,13 @@
 that may turn out to be the beginning of a stop string.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastgen.errors import UsageError
 from fastgen.sampling import SamplingOptions
 from fastgen.tokenizer.base import Tokenizer
+from fastgen.tokenizer.chat_template import render_chat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,21 @@ class Completion:
     tokens: tuple[int, ...]
     text: str
     finish_reason: str
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Return the token ids of a conversation, up to where the assistant's next turn begins.
+
+    Raises:
+        UsageError: the model has no chat template, or the template refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise UsageError("--chat: this model has no chat template; use it without, or choose a chat model")
+    text = render_chat(
+        tokenizer.chat_template, messages, special_tokens=tokenizer.template_tokens, add_generation_prompt=True
+    )
+    # Templates write the beginning-of-sequence token themselves where the model wants one.
+    return tokenizer.encode(text, bos=False, parse_special=True)
 
 
 class TextStream:

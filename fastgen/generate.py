@@ -106,8 +106,10 @@ def encode_prompt(model: "LoadedModel", config: GenerateConfig, prompt: str) -> 
         if config.system is not None:
             raise UsageError("--system: only with --chat")
         return model.tokenizer.encode(prompt)
+    from fastgen.completion import encode_chat
+
     messages = [{"role": "system", "content": config.system}] if config.system is not None else []
-    return model.tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}])
+    return encode_chat(model.tokenizer, [*messages, {"role": "user", "content": prompt}])
 
 
 def _load(config: GenerateConfig, phases: cli.Phases) -> "LoadedModel":

@@ -59,7 +59,7 @@ def load_model(
     placement = choose_placement(device, dtype)
     checkpoint = open_checkpoint(resolve(source))
     words = open_tokenizer(Path(tokenizer)) if tokenizer else checkpoint.open_tokenizer()
-    check_vocabulary(words, checkpoint.config.vocab_size)
+    check_vocabulary(words, checkpoint.config.vocab_size, Path(tokenizer) if tokenizer else checkpoint.path)
     transformer = build(checkpoint.config, checkpoint.tensors, placement, progress)
     return LoadedModel(transformer=transformer, tokenizer=words, checkpoint=checkpoint, placement=placement)
 

@@ -47,6 +47,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.register_buffer("k_cache", None, persistent=False)
+        self.register_buffer("v_cache", None, persistent=False)
         self.scale = config.head_dim**-0.5
         self.window = config.windows[layer]
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -95,9 +97,8 @@ class Transformer(nn.Module):
         like = self.embedding.weight
         shape = (batch, self.config.n_kv_heads, capacity, self.config.head_dim)
         for block in self.layers:
-            for name in ("k_cache", "v_cache"):
-                cache = torch.zeros(shape, dtype=like.dtype, device=like.device)
-                block.register_buffer(name, cache, persistent=False)
+            block.k_cache = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            block.v_cache = torch.zeros_like(block.k_cache)
 
     def forward(self, tokens: Tensor, positions: Tensor, key_positions: Tensor, lengths: Tensor) -> Tensor:
         """Return the last layer's output for new tokens, before the final norm, and append to the cache.

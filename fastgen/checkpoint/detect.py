@@ -51,8 +51,8 @@ def _open_folder(folder: Path) -> Checkpoint:
     if "params.json" in names:
         raise ModelFileError(f"{folder}: checkpoints in Meta's own format are not supported yet")
     raise ModelFileError(
-        f"{folder}: no checkpoint among {_listed(names)}; expected config.json beside {WEIGHTS[0]} (or another of "
-        f"{', '.join(WEIGHTS[1:])}), or a .gguf file. For another kind of file name the file itself"
+        f"{folder}: no checkpoint among {_listed(names)}; expected config.json beside {' or '.join(WEIGHTS[::2])}, or "
+        "a .gguf file; a file of another kind must be named itself"
     )
 
 

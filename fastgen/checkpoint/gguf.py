@@ -5,10 +5,12 @@ extra `gguf`), whole rows at a time, and counts as float32. Rows are made of who
 only these. Query and key rows of architecture `llama` stand in the order of interleaved RoPE.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
+import numpy as np
 import torch
 
 from fastgen.checkpoint.gguf_config import ROPE_FREQS, config_from_gguf
@@ -17,30 +19,34 @@ from fastgen.checkpoint.lazy import Bounds, Checkpoint, FileTensor, LazyTensor
 from fastgen.checkpoint.names import GGUF_LLAMA, GGUF_NEOX, assemble, main_dtype
 from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile, naming
-from fastgen.tokenizer.base import Tokenizer
+from fastgen.tokenizer.gguf_vocabulary import tokenizer_from_gguf
 
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # GGML type numbers: F32, F16, BF16
 CHUNK_ELEMENTS = 1 << 22  # dequantized at a time; the library needs several arrays of this size
 
 
 class QuantizedTensor(LazyTensor):
-    """A tensor in blocks of a quantized GGML type, float32 once read. Slices of columns read their whole rows."""
+    """A matrix in blocks of a quantized GGML type, float32 once read. Slices of columns read their whole rows."""
 
-    def __init__(self, file: RandomAccessFile, offset: int, shape: Sequence[int], row_bytes: int, kind: Any) -> None:
+    def __init__(
+        self,
+        file: RandomAccessFile,
+        offset: int,
+        shape: tuple[int, ...],
+        row_bytes: int,
+        dequantize: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
         super().__init__(shape, torch.float32)
-        self.file, self.offset, self.row_bytes, self.kind = file, offset, row_bytes, kind
+        self.file, self.offset, self.row_bytes, self.dequantize = file, offset, row_bytes, dequantize
 
     def read(self, bounds: Bounds) -> torch.Tensor:
-        from gguf.quants import dequantize
-
-        assert len(self.shape) == 2, "quantized tensors are matrices"
         (top, bottom), (left, right) = bounds
         result = torch.empty(bottom - top, right - left)
         step = max(1, CHUNK_ELEMENTS // self.shape[1])
         for row in range(top, bottom, step):
             rows = min(step, bottom - row)
             blocks = self.file.read_tensor(self.offset + row * self.row_bytes, (rows, self.row_bytes), torch.uint8)
-            whole = torch.from_numpy(dequantize(blocks.numpy(), self.kind))
+            whole = torch.from_numpy(self.dequantize(blocks.numpy()))
             result[row - top : row - top + rows] = whole[:, left:right]
         return result
 
@@ -61,7 +67,7 @@ def open_gguf(path: Path) -> Checkpoint:
         config=config,
         dtype=main_dtype(assembled.values()),
         tensors=assembled,
-        open_tokenizer=lambda: _open_tokenizer(header.metadata, path),
+        open_tokenizer=lambda: tokenizer_from_gguf(header.metadata, path),
     )
 
 
@@ -89,37 +95,28 @@ def _tensors(file: RandomAccessFile, places: Mapping[str, TensorPlace]) -> dict[
 
 def _quantized(file: RandomAccessFile, name: str, place: TensorPlace) -> tuple[QuantizedTensor, int]:
     """Return the tensor at `place`, and its size in bytes."""
-    try:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-    except ImportError as error:
-        raise ModelFileError(
-            f"{file.path}: tensor {name!r} is quantized, which needs the `gguf` package: pip install 'fastgen[gguf]'"
-        ) from error
-    if place.type not in list(GGMLQuantizationType):
+    gguf = _library(file.path)
+    if place.type not in list(gguf.GGMLQuantizationType):
         raise ModelFileError(f"{file.path}: tensor {name!r} has unknown GGML type {place.type}")
-    kind = GGMLQuantizationType(place.type)
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    if not _can_dequantize(kind, block_bytes):
-        raise ModelFileError(f"{file.path}: tensor {name!r} has GGML type {kind.name}, which is not supported")
+    kind = gguf.GGMLQuantizationType(place.type)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    dequantize = partial(gguf.quants.dequantize, qtype=kind)
+    try:
+        dequantize(np.zeros((1, block_bytes), np.uint8))
+    except NotImplementedError as error:
+        raise ModelFileError(f"{file.path}: tensor {name!r} has GGML type {kind.name}: not supported") from error
     if len(place.shape) != 2 or place.shape[1] % block:
         raise ModelFileError(
-            f"{file.path}: tensor {name!r} of shape {list(place.shape)} is no matrix of {kind.name} blocks ({block})"
+            f"{file.path}: tensor {name!r} of shape {list(place.shape)} is no matrix of {kind.name} blocks of {block}"
         )
     row_bytes = place.shape[1] // block * block_bytes
-    return QuantizedTensor(file, place.offset, place.shape, row_bytes, kind), place.shape[0] * row_bytes
+    return QuantizedTensor(file, place.offset, place.shape, row_bytes, dequantize), place.shape[0] * row_bytes
 
 
-def _can_dequantize(kind: Any, block_bytes: int) -> bool:
-    from gguf.quants import dequantize
-
+def _library(path: Path) -> ModuleType:
+    """Return the `gguf` package, an optional extra that only quantized files need."""
     try:
-        dequantize(torch.zeros(1, block_bytes, dtype=torch.uint8).numpy(), kind)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _open_tokenizer(metadata: Mapping[str, object], path: Path) -> Tokenizer:
-    from fastgen.tokenizer.gguf_vocabulary import gguf_tokenizer
-
-    return gguf_tokenizer(metadata, path)
+        import gguf.quants  # noqa: PLC0415
+    except ImportError as error:
+        raise ModelFileError(f"{path}: is quantized; to read it: pip install 'fastgen[gguf]'") from error
+    return gguf

@@ -120,12 +120,12 @@ class _Fields:
         prefix = f"{self.architecture}."
         for key, value in self.metadata.items():
             if key.startswith(prefix) and key.removeprefix(prefix) not in self._known and value:
-                raise ModelFileError(f"metadata field {key!r} ({str(value):.40}) is not supported")
+                raise ModelFileError(f"metadata field {key!r} ({value!s:.40}) is not supported")
 
     def _typed(self, key: str, kind: type[Value], default: Value) -> Value:
         value = self.metadata.get(key, default)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ModelFileError(f"metadata field {key!r} is {str(value):.40}, expected one {kind.__name__}")
+            raise ModelFileError(f"metadata field {key!r} is {value!s:.40}, expected one {kind.__name__}")
         return value
 
 

@@ -5,18 +5,18 @@ index names its shards: these must be files of the same folder, whatever the ind
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from fastgen.checkpoint.hf_config import config_from_hf
+from fastgen.checkpoint.hf_config import read_hf_config
 from fastgen.checkpoint.json_file import read_json
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
 from fastgen.checkpoint.names import HF, assemble, main_dtype, shortened
-from fastgen.checkpoint.safetensors_file import looks_like_safetensors, read_safetensors
-from fastgen.checkpoint.torch_bin import read_torch
+from fastgen.checkpoint.safetensors_file import read_safetensors
+from fastgen.checkpoint.torch_bin import looks_like_torch, read_torch
 from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile
-from fastgen.tokenizer.base import Tokenizer
+from fastgen.tokenizer.open import open_tokenizer
 
 INDEX = ".index.json"
 WEIGHTS = (
@@ -32,12 +32,12 @@ def open_hf(folder: Path, weights: Path | None = None) -> Checkpoint:
 
     Raises `ModelFileError` for whatever is missing, damaged or not supported, by file and field.
     """
-    if not os.path.lexists(folder / "config.json"):
-        raise ModelFileError(f"{folder}: no config.json, which says what the model is, stands beside the weights")
-    raw = read_json(folder / "config.json")
-    if raw.get("quantization_config"):
-        raise ModelFileError(f"{folder / 'config.json'}: quantized checkpoints are not supported yet")
-    config = config_from_hf(raw, folder / "config.json")
+    description = folder / "config.json"
+    if not os.path.lexists(description):
+        raise ModelFileError(f"{description}: is missing; it says what the model in the weights beside it is")
+    if read_json(description).get("quantization_config"):
+        raise ModelFileError(f"{description}: has a quantization_config; quantized folders are not supported yet")
+    config = read_hf_config(description)
     weights = weights or _find_weights(folder)
     tensors = assemble(config, _read_weights(weights), HF, weights)
     return Checkpoint(
@@ -46,7 +46,7 @@ def open_hf(folder: Path, weights: Path | None = None) -> Checkpoint:
         config=config,
         dtype=main_dtype(tensors.values()),
         tensors=tensors,
-        open_tokenizer=lambda: _open_tokenizer(folder),
+        open_tokenizer=lambda: open_tokenizer(folder),
     )
 
 
@@ -65,11 +65,9 @@ def _find_weights(folder: Path) -> Path:
 def _read_weights(path: Path) -> Mapping[str, LazyTensor]:
     """Return the tensors of one weight file, or of all shards of an index."""
     if not path.name.endswith(INDEX):
-        return _reader(path)(path)
+        return _read_file(path)
     shards = _shards(path)
-    files = {
-        name: _reader(file)(file) for name, file in {name: _within(path, name) for name in shards.values()}.items()
-    }
+    files = {name: _read_file(_within(path, name)) for name in dict.fromkeys(shards.values())}
     lost = [f"{tensor} (in {name})" for tensor, name in shards.items() if tensor not in files[name]]
     if lost:
         raise ModelFileError(
@@ -78,10 +76,11 @@ def _read_weights(path: Path) -> Mapping[str, LazyTensor]:
     return {tensor: files[name][tensor] for tensor, name in shards.items()}
 
 
-def _reader(path: Path) -> Callable[[Path], Mapping[str, LazyTensor]]:
-    """Return what reads the weight file `path`: its content decides, not its name."""
+def _read_file(path: Path) -> Mapping[str, LazyTensor]:
+    """Return the tensors of one file of weights: its content decides what it is, not its name."""
     file = RandomAccessFile(path)
-    return read_safetensors if looks_like_safetensors(bytes(file.read(0, min(9, file.size)))) else read_torch
+    start = bytes(file.read(0, min(9, file.size)))
+    return read_torch(path) if looks_like_torch(start) else read_safetensors(path)
 
 
 def _shards(index: Path) -> dict[str, str]:
@@ -112,9 +111,3 @@ def _within(index: Path, name: str) -> Path:
     if not target.is_relative_to(root):
         raise ModelFileError(f"{index}: the file {name!r} is a link that leads out of {root}, to {target}")
     return path
-
-
-def _open_tokenizer(folder: Path) -> Tokenizer:
-    from fastgen.tokenizer.open import open_tokenizer
-
-    return open_tokenizer(folder)

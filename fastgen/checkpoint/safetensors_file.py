@@ -74,7 +74,7 @@ def _tensor(file: RandomAccessFile, data: int, name: str, entry: object) -> File
     begin, end = offsets
     if end - begin != size:
         raise ModelFileError(
-            f"{file.path}: tensor {name!r} ({dtype} {shape}) takes {size} bytes, its data_offsets {offsets} say otherwise"
+            f"{file.path}: tensor {name!r} ({dtype} {shape}) takes {size} bytes, but data_offsets are {offsets}"
         )
     return FileTensor(file, data + begin, shape, DTYPES[dtype])
 

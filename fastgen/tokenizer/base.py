@@ -66,21 +66,14 @@ class Tokenizer(ABC):
         Raises `ModelFileError` if the settings name a token that the vocabulary lacks.
         """
         self.vocab_size, self.special, self.adds_space = vocab_size, special, adds_space
-        texts = {token: text for text, token in special.items()}
-        named = {"bos_token": bos_id, "eos_token": eos_id}
-        for role in named:
-            text = settings.tokens.get(role)
-            if text is not None and text not in special:
-                raise ModelFileError(
-                    f"{settings.source}: {role} {text!r} is not a special token of the vocabulary beside it"
-                )
-            named[role] = named[role] if text is None else special[text]
-        self.bos_id, self.eos_id = named["bos_token"], named["eos_token"]
+        self.bos_id = _named("bos_token", bos_id, special, settings)
+        self.eos_id = _named("eos_token", eos_id, special, settings)
         self.add_bos = self.bos_id is not None and (add_bos if settings.add_bos is None else settings.add_bos)
         ends = {special[text] for text in END_OF_ANSWER if text in special}
-        self.stop_ids = frozenset(ends | set(settings.eos_ids) | ({self.eos_id} - {None}))
-        spelled = {role: texts[token] for role, token in named.items() if token in texts}
-        self.template_tokens = {**settings.tokens, **spelled}
+        self.stop_ids = frozenset({*ends, *settings.eos_ids, *([] if self.eos_id is None else [self.eos_id])})
+        texts: dict[int | None, str] = {token: text for text, token in special.items()}
+        own = {"bos_token": texts.get(self.bos_id), "eos_token": texts.get(self.eos_id)}
+        self.template_tokens = {**settings.tokens, **{role: text for role, text in own.items() if text is not None}}
         self.chat_template = settings.chat_template
 
     def encode(self, text: str, *, bos: bool | None = None, parse_special: bool = False) -> list[int]:
@@ -178,3 +171,14 @@ class IncrementalDecoder:
     def flush(self) -> str:
         """Return what an incomplete character at the end becomes (U+FFFD), or nothing."""
         return self._utf8.decode(b"", final=True)
+
+
+def _named(role: str, default: int | None, special: Mapping[str, int], settings: Settings) -> int | None:
+    text = settings.tokens.get(role)
+    if text is None:
+        return default
+    if text not in special:
+        raise ModelFileError(
+            f"{settings.source}: {role} {text!r} is not a special token of the vocabulary that it stands beside"
+        )
+    return special[text]

@@ -10,12 +10,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from fastgen.errors import ModelFileError
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.hf_json import HuggingFaceTokenizer
 from fastgen.tokenizer.score_bpe import Kind, ScoreBpeTokenizer
-from fastgen.tokenizer.settings import Settings
+from fastgen.tokenizer.settings import ROLES, Settings
+
+T = TypeVar("T")
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
@@ -100,7 +103,7 @@ class _Fields:
             raise self.error(key, value, "true or false")
         return value
 
-    def sequence[T](self, key: str, kind: type[T]) -> list[T]:
+    def sequence(self, key: str, kind: type[T]) -> list[T]:
         value = self.metadata.get(key)
         if not isinstance(value, list) or not value or not all(isinstance(item, kind) for item in value):
             raise self.error(key, value, f"a list of {kind.__name__}")
@@ -111,3 +114,89 @@ class _Fields:
         if value is not None and not (isinstance(value, int) and 0 <= value < vocab_size):
             raise self.error(key, value, f"an id below {vocab_size}")
         return value
+
+
+def _kinds(fields: _Fields, vocab_size: int) -> list[Kind]:
+    key = "tokenizer.ggml.token_type"
+    if key not in fields.metadata:
+        kinds = [Kind.NORMAL] * vocab_size
+    else:
+        values = fields.sequence(key, int)
+        if len(values) != vocab_size:
+            raise fields.error(key, f"{len(values)} values", f"one for each of {vocab_size} tokens")
+        if unknown := set(values) - set(Kind):
+            raise fields.error(key, sorted(unknown), "values from 1 to 6")
+        kinds = [Kind(value) for value in values]
+    for role in ("bos", "eos"):  # some files leave even these two normal
+        token = fields.token(f"tokenizer.ggml.{role}_token_id", vocab_size)
+        if token is not None and kinds[token] is not Kind.UNKNOWN:
+            kinds[token] = Kind.CONTROL
+    return kinds
+
+
+def _settings(fields: _Fields, tokens: list[str], *, add_bos: bool) -> Settings:
+    ids = {role: fields.token(f"tokenizer.ggml.{role}_token_id", len(tokens)) for role in ("bos", "eos", "eot", "eom")}
+    flag = fields.flag("tokenizer.ggml.add_bos_token")
+    return Settings(
+        source=str(fields.path),
+        tokens={
+            f"{role}_token": tokens[token]
+            for role, token in ids.items()
+            if token is not None and f"{role}_token" in ROLES
+        },
+        add_bos=add_bos if flag is None else flag,
+        eos_ids=tuple(token for role, token in ids.items() if token is not None and role != "bos"),
+        chat_template=fields.text("tokenizer.chat_template", "") or None,
+    )
+
+
+def _score_bpe(fields: _Fields, tokens: list[str], kinds: list[Kind]) -> ScoreBpeTokenizer:
+    scores = fields.sequence("tokenizer.ggml.scores", float)
+    if len(scores) != len(tokens):
+        raise fields.error("tokenizer.ggml.scores", f"{len(scores)} values", f"one for each of {len(tokens)} tokens")
+    return ScoreBpeTokenizer(
+        pieces=[token.replace("▁", " ") for token in tokens],
+        scores=scores,
+        kinds=kinds,
+        adds_space=fields.flag("tokenizer.ggml.add_space_prefix") is not False,
+        source=str(fields.path),
+        settings=_settings(fields, tokens, add_bos=True),
+    )
+
+
+def _byte_level_bpe(fields: _Fields, tokens: list[str], kinds: list[Kind]) -> HuggingFaceTokenizer:
+    pre = fields.text("tokenizer.ggml.pre", "default")
+    if pre not in SPLITS:
+        raise fields.error("tokenizer.ggml.pre", pre, f"one of {', '.join(SPLITS)}")
+    split = SPLITS[pre]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        raise fields.error("tokenizer.ggml.tokens", f"{len(tokens)} tokens", f"no two alike, not {len(vocabulary)}")
+    pairs = []
+    for merge in fields.sequence("tokenizer.ggml.merges", str):
+        cut = merge.find(" ", 1)  # a token can begin with a space only in files that do not spell bytes
+        pairs.append((merge[:cut], merge[cut + 1 :]))
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in split.patterns
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    content = {
+        "version": "1.0",
+        "added_tokens": [
+            _added_token(index, tokens[index], special=kind is not Kind.USER_DEFINED)
+            for index, kind in enumerate(kinds)
+            if kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
+        ],
+        "normalizer": {"type": "NFC"} if split.normal_form_c else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": pairs, "ignore_merges": split.whole_words},
+    }
+    settings = _settings(fields, tokens, add_bos=split.add_bos)
+    return HuggingFaceTokenizer(json.dumps(content).encode(), fields.path, settings)
+
+
+def _added_token(index: int, content: str, *, special: bool) -> dict[str, object]:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": content, "special": special, **plain}

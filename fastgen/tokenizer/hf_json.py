@@ -26,12 +26,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, data: bytes, path: Path, settings: Settings) -> None:
         model = _load(data, path)
+        special = _special(model)
         for text in settings.tokens.values():  # named beside the file, and perhaps not marked special within
-            if model.token_to_id(text) is not None:
+            if text not in special and model.token_to_id(text) is not None:
                 model.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True)])
-        special = {
-            added.content: token for token, added in model.get_added_tokens_decoder().items() if added.special
-        }
+        special = _special(model)
         first = model.encode("a").ids[:1]  # the post-processor puts BOS, if anything, in front
         marked = first[0] if first and first[0] in special.values() else None
         named = special.get(settings.tokens.get("bos_token", ""))
@@ -123,6 +122,10 @@ def _load(data: bytes, path: Path) -> tokenizers.Tokenizer:
     model.no_truncation()
     model.no_padding()
     return model
+
+
+def _special(model: tokenizers.Tokenizer) -> dict[str, int]:
+    return {added.content: token for token, added in model.get_added_tokens_decoder().items() if added.special}
 
 
 def _flatten(decoder: Mapping[str, object]) -> list[Mapping[str, object]]:

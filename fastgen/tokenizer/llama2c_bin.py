@@ -9,6 +9,7 @@ the file's end is the vocabulary's.
 """
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 from fastgen.errors import ModelFileError
@@ -32,20 +33,20 @@ def parse_llama2c(data: bytes, path: Path, settings: Settings) -> ScoreBpeTokeni
     kinds[FIRST_BYTE : FIRST_BYTE + 256] = [Kind.BYTE] * 256
     pieces[:FIRST_BYTE] = ["<unk>", "<s>", "</s>"]
     kinds[:FIRST_BYTE] = [Kind.UNKNOWN, Kind.CONTROL, Kind.CONTROL]
-    tokenizer = ScoreBpeTokenizer(
+    return ScoreBpeTokenizer(
         pieces=pieces,
         scores=scores,
         kinds=kinds,
-        bos_id=BOS,
-        eos_id=EOS,
-        add_bos=True,
         adds_space=True,
         source=str(path),
-        settings=settings,
+        settings=replace(
+            settings,
+            tokens={"bos_token": "<s>", "eos_token": "</s>"} | settings.tokens,
+            add_bos=settings.add_bos is not False,
+            # Its models were trained on stories that begin with BOS and end with nothing: as in run.c, BOS ends one.
+            eos_ids=(BOS, EOS, *settings.eos_ids),
+        ),
     )
-    # Its models were trained on stories that begin with BOS and end with nothing: as in run.c, BOS is the end.
-    tokenizer.stop_ids |= {BOS}
-    return tokenizer
 
 
 def looks_like_llama2c(data: bytes) -> bool:

@@ -41,9 +41,6 @@ class ScoreBpeTokenizer(SegmentedTokenizer):
         pieces: Sequence[str],
         scores: Sequence[float],
         kinds: Sequence[Kind],
-        bos_id: int | None,
-        eos_id: int | None,
-        add_bos: bool,
         adds_space: bool,
         source: str,
         settings: Settings,
@@ -68,9 +65,9 @@ class ScoreBpeTokenizer(SegmentedTokenizer):
         super().__init__(
             vocab_size=len(pieces),
             special=by_kind[Kind.CONTROL] | by_kind[Kind.UNKNOWN],
-            bos_id=bos_id,
-            eos_id=eos_id,
-            add_bos=add_bos,
+            bos_id=None,
+            eos_id=None,
+            add_bos=False,
             adds_space=adds_space,
             settings=settings,
         )
