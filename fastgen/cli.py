@@ -45,6 +45,7 @@ class ModelFlags:
     keep: str | None = flag(None, "formats of single weights, as in lm_head=bf16,layers.0=int8", metavar="RULES")
     kv_cache: str | None = flag(None, "format of the KV cache", choices=("int8",))
     compile: bool = flag(False, "compile with torch.compile", aliases=["compile-prefill"])
+    fail_on_recompile: bool = flag(False, "with --compile: end with an error if anything compiles after the start")
     device: str | None = flag(None, "cuda, cuda:N or cpu (default: cuda where there is one)", metavar="D")
     dtype: str | None = flag(None, "precision (default: bf16 where it is native)", choices=("bf16", "fp16", "fp32"))
     max_seq_len: int | None = flag(
@@ -83,7 +84,7 @@ class OutputFlags:
     debug: bool = flag(False, "show tracebacks")
 
 
-UNBUILT = ("revision", "quant", "keep", "kv_cache", "compile", "draft", "speculate", "accept")
+UNBUILT = ("revision", "quant", "keep", "kv_cache", "draft", "speculate", "accept")
 """Flags that exist from the start and are refused until what they name is built."""
 
 

@@ -21,12 +21,14 @@ class GenerationOptions:
         max_new_tokens: at most so many tokens; the model's end-of-text tokens end a text earlier.
         stop: strings that end a text; they are not part of it.
         ignore_eos: go on past the model's end-of-text tokens (benchmarks).
+        logprobs: also give the log-probability of every token, under the model before any filter.
         sampling: how a token is chosen; greedy by default.
     """
 
     max_new_tokens: int = 200
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: bool = False
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
@@ -41,13 +43,14 @@ class Completion:
     """A finished text: its new tokens, their text, and why it ended: "stop" or "length".
 
     `tokens` holds every token that was generated, an end-of-text token included; `text` has neither that nor the
-    stop string.
+    stop string. `logprobs` is empty unless asked for.
     """
 
     prompt_tokens: tuple[int, ...]
     tokens: tuple[int, ...]
     text: str
     finish_reason: str
+    logprobs: tuple[float, ...] = ()
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -78,13 +81,21 @@ class TextStream:
         self._held = ""
         self._prompt = tuple(prompt)
         self._tokens: list[int] = []
+        self._logprobs: list[float] = []
         self._pieces: list[str] = []
         self.finish_reason = ""
 
-    def push(self, token: int) -> str:
+    @property
+    def count(self) -> int:
+        """Tokens so far."""
+        return len(self._tokens)
+
+    def push(self, token: int, logprob: float | None = None) -> str:
         """Take the next token and return the text that can be shown now; sets `finish_reason` at the end."""
         assert not self.finish_reason, "a finished text takes no tokens"
         self._tokens.append(token)
+        if logprob is not None:
+            self._logprobs.append(logprob)
         if token in self._stop_ids:
             self.finish_reason = "stop"
             return self._release(self._decoder.flush(), final=True)
@@ -98,7 +109,8 @@ class TextStream:
 
     def completion(self) -> Completion:
         """Return what has been generated so far, held-back text included."""
-        return Completion(self._prompt, tuple(self._tokens), "".join(self._pieces) + self._held, self.finish_reason)
+        text = "".join(self._pieces) + self._held
+        return Completion(self._prompt, tuple(self._tokens), text, self.finish_reason, tuple(self._logprobs))
 
     def _release(self, text: str, *, final: bool) -> str:
         self._held += text

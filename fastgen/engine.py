@@ -20,54 +20,12 @@ from torch import Tensor
 from fastgen.completion import Completion, GenerationOptions, TextStream
 from fastgen.device import synchronize
 from fastgen.errors import CapacityError, ModelFileError, UsageError
-from fastgen.load import LoadedModel
-from fastgen.model import Transformer
-from fastgen.noise import NoiseKey
-from fastgen.sampling import INVALID_TOKEN, SamplingOptions, sample
-
-CHUNKS = (1024, 128, 16)
-"""Widths of prefill; the last chunk of a prompt is padded to the smallest."""
+from fastgen.load import LoadedModel, Progress
+from fastgen.sampling import INVALID_TOKEN, SamplingOptions
+from fastgen.steps import CHUNKS, Choice, Steps, chunks, count_compilations
 
 DEFAULT_MAX_SEQ_LEN = 4096
 HOST_LAG = 2  # decode steps that are queued on a GPU before the oldest token is read
-
-
-def prefill(model: Transformer, tokens: Tensor, positions: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
-    """Fill the cache with one chunk [B, T] and return the hidden state [B, D] of each text's last token in it.
-
-    Rows whose prompt ends in another chunk give a value that means nothing.
-    """
-    hidden = model(tokens, positions, keys, lengths)
-    last = (lengths - 1 - positions[:, 0]).clamp(0, tokens.shape[1] - 1)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
-
-
-def choose_token(
-    model: Transformer,
-    hidden: Tensor,
-    options: SamplingOptions,
-    samples: Tensor,
-    positions: Tensor,
-    seen: Tensor,
-) -> Tensor:
-    """Return the next token [B] from hidden states [B, D]; `positions` [B] are where these tokens will stand."""
-    key = NoiseKey(seed=options.seed, sample=samples, position=positions)
-    token = sample(model.logits(hidden), options, key=key, seen=seen)
-    if options.repetition_penalty != 1.0:
-        seen.scatter_(1, token[:, None].clamp(min=0), True)
-    return token
-
-
-def decode_one_token(
-    model: Transformer, token: Tensor, positions: Tensor, keys: Tensor, options: SamplingOptions,
-    samples: Tensor, seen: Tensor,
-) -> Tensor:  # fmt: skip
-    """Append `token` [B] at `positions` [B] of the texts, and return the token [B] that follows.
-
-    An invalid token is fed as 0: the device goes on, and the host raises when it reads it.
-    """
-    hidden = model(token[:, None].clamp(min=0), positions[:, None], keys, positions + 1)
-    return choose_token(model, hidden[:, 0], options, samples, positions + 1, seen)
 
 
 class Piece(NamedTuple):
@@ -78,22 +36,35 @@ class Piece(NamedTuple):
     token: int
 
 
+class StepTokens(NamedTuple):
+    """What one step gave the host: every row's token and, where asked for, its log-probability."""
+
+    tokens: list[int]
+    logprobs: list[float] | None
+
+
 @dataclass
 class Timings:
     """When things happened in the last generation, in seconds of `time.perf_counter`."""
 
     start: float = 0.0
     prefilled: float = 0.0
+    prefilled_tokens: int = 0  # of the longest prompt; what the cache held already is not counted
     tokens: list[float] = field(default_factory=list)  # when the host had each step's tokens
 
 
 class Engine:
-    """Generates with one model, `batch` texts at a time, each of at most `max_seq_len` tokens."""
+    """Generates with one model, `batch` texts at a time, each of at most `max_seq_len` tokens.
 
-    def __init__(self, model: LoadedModel, *, batch: int = 1, max_seq_len: int | None = None) -> None:
+    The cache is kept between calls: a prompt that begins like the last text is prefilled from where they part.
+    """
+
+    def __init__(
+        self, model: LoadedModel, *, batch: int = 1, max_seq_len: int | None = None, compile: bool = False
+    ) -> None:
         limit = model.config.max_seq_len
-        if max_seq_len is not None and max_seq_len > limit:
-            raise UsageError(f"--max-seq-len {max_seq_len}: the model was made for at most {limit} positions")
+        if max_seq_len is not None and not 2 <= max_seq_len <= limit:
+            raise UsageError(f"--max-seq-len {max_seq_len}: expected 2 to {limit}, which the model was made for")
         self.model = model
         self.batch = batch
         self.max_seq_len = max_seq_len or min(limit, DEFAULT_MAX_SEQ_LEN)
@@ -109,15 +80,39 @@ class Engine:
                 f"a KV cache of {batch} x {self.max_seq_len} tokens needs {need:.1f} GB on {self.device}, "
                 "which is not free\nUse a smaller --max-seq-len"
             ) from error
-        self._positions = torch.arange(self._capacity, device=self.device)
+        self._steps = Steps(model.transformer, self._capacity, compiled=compile)
+        self._texts: list[list[int]] = []  # tokens of each row; the cache holds all but perhaps the last
+        self._warm_compilations = 0
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs that were compiled since `warm_up`; there should never be one."""
+        return count_compilations() - self._warm_compilations if self._steps.compiled else 0
+
+    def warm_up(self, options: GenerationOptions | None = None, progress: Progress | None = None) -> None:
+        """Compile and capture everything that a text of any length will need; does nothing without `compile`."""
+        if not self._steps.compiled:
+            return
+        options = options or GenerationOptions()
+        widths = [width for width in CHUNKS if width < self._capacity] if self._steps.on_gpu else CHUNKS[-1:]
+        bounds = self._steps.bounds() if self._steps.on_gpu else [CHUNKS[-1] + 1, CHUNKS[-1] + 2]
+        jobs = [(width, bound) for bound in bounds for width in (*widths, 1) if width <= bound]
+        for done, (width, bound) in enumerate(jobs):
+            if progress:
+                progress(done, len(jobs))
+            self._warm_step(width, bound, options)
+        synchronize(self.device)
+        self._texts = []
+        self._warm_compilations = count_compilations()
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions | None = None
     ) -> list[Completion]:
-        """Return the completions of up to `batch` prompts (texts, or token ids).
+        """Return the completions of `batch` prompts (texts, or token ids).
 
         Raises:
-            UsageError: no prompt, too many, an empty one, or one that leaves no room in `max_seq_len`.
+            UsageError: too few or too many prompts, an empty one, or one that leaves no room in `max_seq_len`.
+            ModelFileError: the weights give logits that are not finite.
         """
         streams: list[TextStream] = []
         for _ in self.stream(prompts, options, streams=streams):
@@ -144,62 +139,89 @@ class Engine:
         rows = [TextStream(self.model.tokenizer, row, options, room=self.max_seq_len - len(row)) for row in ids]
         if streams is not None:
             streams.extend(rows)
-        for tokens in self.tokens(ids, options.sampling, samples=samples or range(len(ids))):
-            for row, (text, token) in enumerate(zip(rows, tokens, strict=False)):
+        for tokens, logprobs in self.tokens(ids, options, samples=samples or range(len(ids))):
+            for row, (text, token) in enumerate(zip(rows, tokens, strict=True)):
                 if not text.finish_reason:
                     if token == INVALID_TOKEN:
-                        raise ModelFileError(
-                            f"{self.model.checkpoint.path}: the logits are not finite at position "
-                            f"{len(ids[row]) + len(text.completion().tokens)}\n"
-                            "The weights are damaged, or overflow this dtype: try --dtype fp32"
-                        )
-                    yield Piece(row, text.push(token), token)
+                        raise self._not_finite(len(ids[row]) + text.count)
+                    yield Piece(row, text.push(token, logprobs[row] if logprobs else None), token)
             if all(text.finish_reason for text in rows):
                 return
 
     @torch.inference_mode()
     def tokens(
-        self, prompts: Sequence[Sequence[int]], options: SamplingOptions, *, samples: Sequence[int]
-    ) -> Iterator[list[int]]:
+        self, prompts: Sequence[Sequence[int]], options: GenerationOptions, *, samples: Sequence[int]
+    ) -> Iterator[StepTokens]:
         """Yield the next token of every row, step by step, until the caller stops asking.
 
         A row that is full or finished goes on giving tokens that mean nothing.
         """
         timings = self.timings = Timings(start=time.perf_counter())
-        model, lengths = self.model.transformer, [len(prompt) for prompt in prompts]
-        sample_ids = torch.tensor(samples, device=self.device)
-        seen = self._seen(prompts, options)
-        position = torch.tensor(lengths, device=self.device)
-        token = choose_token(model, self._prefill(prompts, position), options, sample_ids, position, seen)
+        start = self._reusable(prompts)
+        self._texts = []
+        position = torch.tensor(list(map(len, prompts)), device=self.device)
+        noise = (
+            options.sampling,
+            torch.tensor(options.sampling.seed, device=self.device),
+            torch.tensor(samples, device=self.device),
+            self._seen(prompts, options.sampling),
+        )
+        choice = self._steps.choose(
+            self._prefill(prompts, start, position), position, *noise, logprobs=options.logprobs
+        )
         synchronize(self.device)
         timings.prefilled = time.perf_counter()
+        filled = max(map(len, prompts))
+        timings.prefilled_tokens = filled - start
+        self._texts = list(map(list, prompts))
         reader = TokenReader(self.device)
-        filled = max(lengths)
         while True:
-            for step in reader.push(token):
+            for step in reader.push(choice):
                 timings.tokens.append(time.perf_counter())
+                for text, token in zip(self._texts, step.tokens, strict=True):
+                    text.append(token)
                 yield step
             filled = min(filled + 1, self._capacity)
-            keys = self._positions[:filled]
-            token = decode_one_token(model, token, position, keys, options, sample_ids, seen)
+            choice = self._steps.decode(choice.token, position, filled, *noise, logprobs=options.logprobs)
             position = (position + 1).clamp(max=self._capacity - 1)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], lengths: Tensor) -> Tensor:
-        """Return the hidden state [B, D] of every prompt's last token."""
-        longest = max(map(len, prompts))
+    def _prefill(self, prompts: Sequence[Sequence[int]], first: int, lengths: Tensor) -> Tensor:
+        """Fill the cache from position `first` on; returns the hidden state [B, D] of every prompt's last token."""
         padded = torch.zeros(len(prompts), self._capacity, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = torch.tensor(prompt)
         padded = padded.to(self.device)
-        hidden: Tensor | None = None
-        for start, width in chunks(longest):
-            positions = self._positions[start : start + width].expand(len(prompts), -1)
-            keys = self._positions[: start + width]
-            tokens = padded[:, start : start + width]
-            new = prefill(self.model.transformer, tokens, positions, keys, lengths)
-            hidden = new if hidden is None else torch.where((lengths > start)[:, None], new, hidden)
-        assert hidden is not None, "prompts are never empty"
-        return hidden
+        last: Tensor | None = None
+        for start, width in chunks(first, max(map(len, prompts))):
+            hidden = self._steps.prefill(padded[:, start : start + width].contiguous(), start, lengths)
+            last = hidden if last is None else torch.where((lengths > start)[:, None], hidden, last)
+        assert last is not None, "every prompt has a token that is not in the cache"
+        return last
+
+    def _reusable(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Return how many tokens from the beginning of every prompt the cache holds already."""
+        if len(prompts) != len(self._texts) or self.model.transformer.rope.is_dynamic:
+            return 0  # dynamic RoPE turns a key by the length that its text had
+        shared = []
+        for prompt, text in zip(prompts, self._texts, strict=True):
+            pairs = zip(prompt, text, strict=False)
+            parting = next((at for at, (new, old) in enumerate(pairs) if new != old), min(len(prompt), len(text)))
+            shared.append(min(parting, len(prompt) - 1, len(text) - 1))
+        return max(0, min(shared))
+
+    @torch.inference_mode()
+    def _warm_step(self, width: int, bound: int, options: GenerationOptions) -> None:
+        tokens = torch.zeros(self.batch, width, dtype=torch.int64, device=self.device)
+        lengths = torch.full((self.batch,), bound, device=self.device)
+        if width > 1:
+            self._steps.prefill(tokens, bound - width, lengths)
+            return
+        seed = torch.tensor(0, device=self.device)
+        samples = torch.arange(self.batch, device=self.device)
+        seen = self._seen([[0]] * self.batch, options.sampling)
+        self._steps.decode(
+            tokens[:, 0], lengths - 1, bound, options.sampling, seed, samples, seen, logprobs=options.logprobs
+        )
 
     def _seen(self, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> Tensor:
         """Return [B, V] bool: which tokens each text holds; nothing reads it without a repetition penalty."""
@@ -225,14 +247,11 @@ class Engine:
             if wrong:
                 raise UsageError(f"token {wrong[0]} lies outside the vocabulary of {self.model.config.vocab_size}")
 
-
-def chunks(length: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, width) of the prefill chunks of a prompt: the widest that still fill, the last one padded."""
-    start = 0
-    while start < length:
-        width = next((width for width in CHUNKS if width <= length - start), CHUNKS[-1])
-        yield start, width
-        start += width
+    def _not_finite(self, position: int) -> ModelFileError:
+        return ModelFileError(
+            f"{self.model.checkpoint.path}: the logits are not finite at position {position}\n"
+            "The weights are damaged, or overflow this dtype: try --dtype fp32"
+        )
 
 
 class TokenReader:
@@ -240,19 +259,27 @@ class TokenReader:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._pending: deque[tuple[Choice, torch.cuda.Event]] = deque()
 
-    def push(self, token: Tensor) -> Iterator[list[int]]:
-        """Queue a step's tokens [B] and yield those that are due."""
+    def push(self, choice: Choice) -> Iterator[StepTokens]:
+        """Queue a step's tokens and yield those that are due."""
         if not self._cuda:
-            yield token.tolist()
+            yield _to_lists(choice)
             return
-        host = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
-        host.copy_(token, non_blocking=True)
+        logprob = None if choice.logprob is None else _to_pinned(choice.logprob)
+        host = Choice(_to_pinned(choice.token), logprob)
         event = torch.cuda.Event()
         event.record()
         self._pending.append((host, event))
         if len(self._pending) > HOST_LAG:
             oldest, copied = self._pending.popleft()
             copied.synchronize()
-            yield oldest.tolist()
+            yield _to_lists(oldest)
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _to_lists(choice: Choice) -> StepTokens:
+    return StepTokens(choice.token.tolist(), None if choice.logprob is None else choice.logprob.tolist())

@@ -41,5 +41,9 @@ class RankLostError(FastgenError):
     exit_status = 6
 
 
+class RecompiledError(FastgenError):
+    """`--fail-on-recompile` was given, and something was compiled after the start."""
+
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""

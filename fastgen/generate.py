@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgen import cli
-from fastgen.errors import INTERRUPTED, ModelFileError, UsageError
+from fastgen.errors import INTERRUPTED, ModelFileError, RecompiledError, UsageError
 
 if TYPE_CHECKING:
     from fastgen.completion import Completion, GenerationOptions
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastgen.report import Metrics
 
 PROG = "fastgen.generate"
+COMPILE_HINT = "(first run 20 to 60 s, later a few)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,17 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = encode_prompt(model, config, prompt)
     engine = _engine(model, config, tokens)
 
-    completions, metrics = [], []
-    interrupted = False
-    for sample in range(config.num_samples):
-        if config.num_samples > 1 and not config.json:
-            sys.stdout.write(f"--- sample {sample + 1}\n")
-        completion, interrupted = _generate(engine, config, options, tokens, sample, prompt)
-        completions.append(completion)
-        metrics.append(_measure(engine, completion, phases.seconds["load"]))
-        if interrupted:
-            break
+    if config.compile:
+        with phases.phase("compile", COMPILE_HINT) as advance:
+            engine.warm_up(options, advance)
+    completions, interrupted = _generate(engine, config, options, tokens, prompt)
+    metrics = _measure(engine, completions, phases)
     _report(model, config, prompt, completions, metrics)
+    if config.fail_on_recompile and engine.recompiles:
+        raise RecompiledError(f"--fail-on-recompile: {engine.recompiles} graph(s) were compiled after the start")
     return INTERRUPTED if interrupted else 0
 
 
@@ -129,62 +127,57 @@ def _engine(model: "LoadedModel", config: GenerateConfig, tokens: list[int]) -> 
     from fastgen.engine import Engine
 
     needed = min(len(tokens) + config.max_new_tokens, model.config.max_seq_len)
-    return Engine(model, max_seq_len=config.max_seq_len or needed)
+    return Engine(model, batch=config.num_samples, max_seq_len=config.max_seq_len or needed, compile=config.compile)
 
 
 def _generate(
-    engine: "Engine",
-    config: GenerateConfig,
-    options: "GenerationOptions",
-    tokens: list[int],
-    sample: int,
-    prompt: str,
-) -> tuple["Completion", bool]:
-    """Return one completion, printed as it came, and whether Ctrl-C cut it short."""
+    engine: "Engine", config: GenerateConfig, options: "GenerationOptions", tokens: list[int], prompt: str
+) -> tuple[list["Completion"], bool]:
+    """Return the completions, and whether Ctrl-C cut them short; a single one is printed as it comes."""
     from fastgen.completion import TextStream
 
-    show = not config.json
-    if show and config.echo:
+    live = config.stream and engine.batch == 1 and not config.json
+    if live and config.echo:
         sys.stdout.write(prompt)
     streams: list[TextStream] = []
     interrupted = False
     try:
-        for piece in engine.stream([tokens], options, streams=streams, samples=[sample]):
-            if show and config.stream:
+        for piece in engine.stream([tokens] * engine.batch, options, streams=streams):
+            if live:
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted = True
-    completion = streams[0].completion()
-    if show:
-        sys.stdout.write("\n" if config.stream else f"{completion.text}\n")
-        sys.stdout.flush()
-    return completion, interrupted
+    completions = [stream.completion() for stream in streams]
+    if live:
+        sys.stdout.write("\n")
+    elif not config.json:
+        for number, completion in enumerate(completions, 1):
+            title = f"--- sample {number}\n" if engine.batch > 1 else ""
+            sys.stdout.write(f"{title}{prompt if config.echo else ''}{completion.text}\n")
+    sys.stdout.flush()
+    return completions, interrupted
 
 
-def _measure(engine: "Engine", completion: "Completion", load_seconds: float) -> "Metrics":
+def _measure(engine: "Engine", completions: list["Completion"], phases: cli.Phases) -> "Metrics":
     from fastgen.report import measure
 
     return measure(
-        engine.model,
-        engine.timings,
-        load_seconds=load_seconds,
-        prompt_tokens=len(completion.prompt_tokens),
-        new_tokens=len(completion.tokens),
+        engine,
+        load_seconds=phases.seconds["load"],
+        compile_seconds=phases.seconds.get("compile", 0.0),
+        prompt_tokens=len(completions[0].prompt_tokens),
+        new_tokens=max(len(completion.tokens) for completion in completions),
     )
 
 
 def _report(
-    model: "LoadedModel",
-    config: GenerateConfig,
-    prompt: str,
-    completions: list["Completion"],
-    metrics: list["Metrics"],
+    model: "LoadedModel", config: GenerateConfig, prompt: str, completions: list["Completion"], metrics: "Metrics"
 ) -> None:
     from fastgen import report
     from fastgen.device import describe
 
-    sys.stderr.write(report.summary(model, metrics[-1]) + "\n")
+    sys.stderr.write(report.summary(model, metrics) + "\n")
     if not config.json:
         return
     document = {
@@ -201,11 +194,10 @@ def _report(
                 "text": completion.text,
                 "tokens": list(completion.tokens),
                 "finish_reason": completion.finish_reason or "interrupted",
-                "metrics": report.metrics_json(measured),
             }
-            for completion, measured in zip(completions, metrics, strict=True)
+            for completion in completions
         ],
-        "metrics": report.metrics_json(metrics[-1]),
+        "metrics": dataclasses.asdict(metrics),
     }
     sys.stdout.write(json.dumps(document) + "\n")
 

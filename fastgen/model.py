@@ -72,6 +72,12 @@ class Block(nn.Module):
         return stages.linear_add(h, self.w_down, x)
 
 
+@torch.compiler.nested_compile_region
+def run_as_region(block: Block, x: Tensor, step: Step, stages: Stages) -> Tensor:
+    """Run a block so that torch.compile compiles it once for all layers."""
+    return block(x, step, stages)
+
+
 class Transformer(nn.Module):
     """A LLaMA-family decoder. Build it on the meta device, give it weights (`fastgen.load`), then a cache."""
 
@@ -79,6 +85,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.stages = stages
+        self.by_region = False
         self.rope = Rope(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -115,7 +122,7 @@ class Transformer(nn.Module):
         step = Step(positions, key_positions, self.rope(positions, lengths))
         x = self.stages.embed(tokens, self.embedding)
         for block in self.layers:
-            x = block(x, step, self.stages)
+            x = run_as_region(block, x, step, self.stages) if self.by_region else block(x, step, self.stages)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ import platform
 import resource
 import statistics
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fastgen.device import describe, measure_read_bandwidth
-from fastgen.engine import Timings
+from fastgen.engine import Engine
 from fastgen.load import LoadedModel
 
 SCHEMA_VERSION = 1
@@ -36,6 +36,9 @@ class Metrics:
     """One run's figures; bytes, seconds, and GB/s of 1e9 bytes. Rates are None where nothing was timed."""
 
     load_seconds: float
+    compile_seconds: float
+    recompiles: int  # graphs compiled after the start
+    batch: int
     prompt_tokens: int
     prefill_seconds: float
     prefill_tokens_per_second: float
@@ -52,36 +55,40 @@ class Metrics:
 
 
 def measure(
-    model: LoadedModel, timings: Timings, *, load_seconds: float, prompt_tokens: int, new_tokens: int
+    engine: Engine, *, load_seconds: float, compile_seconds: float, prompt_tokens: int, new_tokens: int
 ) -> Metrics:
-    """Return the metrics of one text; reads the bandwidth of the model's device (a fraction of a second).
+    """Return the metrics of the engine's last generation; reads the device's bandwidth (a fraction of a second).
 
-    `new_tokens` counts those that belong to the text; the first comes out of prefill, the others are decode steps.
+    `new_tokens` counts those of the longest text: the first comes out of prefill, the others are decode steps. Rates
+    count the tokens of all rows.
     """
-    device = model.placement.device
+    timings, model = engine.timings, engine.model.transformer
     times = timings.tokens[:new_tokens]
     steps = [1e3 * (late - early) for early, late in itertools.pairwise(times)]
-    rate = len(steps) / (times[-1] - times[0]) if steps else None
-    weights = model.transformer.weight_bytes()
-    kv = model.transformer.kv_bytes(prompt_tokens + new_tokens // 2)
-    speed = (weights + kv) * rate / 1e9 if rate else None
-    limit = measure_read_bandwidth(device)
-    prefill = timings.prefilled - timings.start
+    steps_per_second = len(steps) / (times[-1] - times[0]) if steps else None
+    weights = model.weight_bytes()
+    kv = model.kv_bytes(prompt_tokens + new_tokens // 2) * engine.batch
+    speed = (weights + kv) * steps_per_second / 1e9 if steps_per_second else None
+    limit = measure_read_bandwidth(engine.device)
+    prefill = max(timings.prefilled - timings.start, 1e-9)
     return Metrics(
         load_seconds=load_seconds,
+        compile_seconds=compile_seconds,
+        recompiles=engine.recompiles,
+        batch=engine.batch,
         prompt_tokens=prompt_tokens,
         prefill_seconds=prefill,
-        prefill_tokens_per_second=prompt_tokens / prefill,
+        prefill_tokens_per_second=prompt_tokens * engine.batch / prefill,
         time_to_first_token_seconds=(times[0] if times else timings.prefilled) - timings.start,
         new_tokens=new_tokens,
-        decode_tokens_per_second=rate,
+        decode_tokens_per_second=steps_per_second * engine.batch if steps_per_second else None,
         ms_per_token=spread(steps) if steps else None,
         weight_bytes=weights,
         kv_bytes=kv,
         gb_per_second=speed,
         read_limit_gb_per_second=limit,
         share_of_limit=speed / limit if speed else None,
-        peak_memory_bytes=peak_memory(device),
+        peak_memory_bytes=peak_memory(engine.device),
     )
 
 
@@ -123,13 +130,10 @@ def summary(model: LoadedModel, metrics: Metrics) -> str:
             f"bandwidth  {speed:.1f} GB/s of weights and cache: {share:.0%} of the "
             f"{metrics.read_limit_gb_per_second:.1f} GB/s that this device reads",
         ]
+    if metrics.compile_seconds:
+        lines.append(f"compile    {metrics.compile_seconds:.1f} s; {metrics.recompiles} recompiles after the start")
     lines.append(f"memory     {metrics.peak_memory_bytes / 1e9:.2f} GB peak")
     return "\n".join(lines)
-
-
-def metrics_json(metrics: Metrics) -> dict[str, object]:
-    """Return the metrics as a JSON object."""
-    return asdict(metrics)
 
 
 def versions() -> dict[str, str | None]:

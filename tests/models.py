@@ -69,6 +69,4 @@ def random_model(seed: int = 0, *, device: str = "cpu", dtype: str = "fp32", **c
         open_tokenizer=ByteTokenizer,
     )  # fmt: skip
     transformer = build(config, tensors, placement)
-    return LoadedModel(
-        transformer=transformer, tokenizer=ByteTokenizer(), checkpoint=checkpoint, placement=placement
-    )
+    return LoadedModel(transformer=transformer, tokenizer=ByteTokenizer(), checkpoint=checkpoint, placement=placement)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fastgen.completion import GenerationOptions
-from fastgen.engine import CHUNKS, Engine, chunks
+from fastgen.engine import Engine
 from fastgen.errors import ModelFileError, UsageError
 from fastgen.naive import generate_naively
 from fastgen.sampling import SamplingOptions
+from fastgen.steps import CHUNKS, chunks
 from tests.models import random_model
 
 FAMILIES = {
@@ -35,9 +36,7 @@ def test_greedy_tokens_equal_the_naive_twins(family: str, length: int) -> None:
 
 def test_sampled_tokens_equal_the_naive_twins_with_every_filter() -> None:
     model, prompt = random_model(), text_of(20)
-    sampling = SamplingOptions(
-        temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=5
-    )
+    sampling = SamplingOptions(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=5)
     expected = generate_naively(model, prompt, 30, sampling)
     options = GenerationOptions(max_new_tokens=30, ignore_eos=True, sampling=sampling)
     assert list(Engine(model).generate([prompt], options)[0].tokens) == expected
@@ -75,7 +74,7 @@ def test_an_engine_forgets_its_last_text() -> None:
 @pytest.mark.parametrize("length", [1, 16, 17, 127, 128, 700, 1023, 1024, 2500])
 def test_chunks_cover_a_prompt_without_gap(length: int) -> None:
     position = 0
-    for start, width in chunks(length):
+    for start, width in chunks(0, length):
         assert start == position and width in CHUNKS
         position += width
     assert length <= position < length + CHUNKS[-1]

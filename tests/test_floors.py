@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (r"tp\.(dist|plan)",),
     (r"tp\.apply",),
     (r"fastgen\.load",),
-    (r"fastgen\.(completion|engine|naive)",),
+    (r"fastgen\.(completion|steps|engine|naive)",),
     (r"fastgen\.speculative",),
     (r"fastgen\.(scoring|cli|report)",),
     (r"fastgen\.(generate|chat|bench|evaluate|train|convert|doctor)", r"quantize\.run"),

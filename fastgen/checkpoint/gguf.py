@@ -46,7 +46,8 @@ class QuantizedTensor(LazyTensor):
         for row in range(top, bottom, step):
             rows = min(step, bottom - row)
             blocks = self.file.read_tensor(self.offset + row * self.row_bytes, (rows, self.row_bytes), torch.uint8)
-            whole = torch.from_numpy(self.dequantize(blocks.numpy()))
+            with np.errstate(all="ignore"):  # scales of a damaged file may be infinite
+                whole = torch.from_numpy(self.dequantize(blocks.numpy()))
             result[row - top : row - top + rows] = whole[:, left:right]
         return result
 

@@ -15,6 +15,7 @@ from fastgen.files import RandomAccessFile
 
 MAGIC = b"GGUF"
 MAX_HEADER = 100_000_000  # bytes; a vocabulary of 262,144 tokens with its merges takes about 10 million
+MAX_NAME = 256  # bytes of a key or of a tensor's name, of which GGML takes 63
 MAX_DIMENSIONS = 4
 MAX_ELEMENTS = 2**48
 WINDOW = 1 << 20  # bytes read at a time
@@ -55,13 +56,13 @@ def read_header(file: RandomAccessFile) -> Header:
     field_count = cursor.count("the number of metadata fields", 13)
     metadata: dict[str, object] = {}
     for _ in range(field_count):
-        key = cursor.string("a metadata key")
+        key = cursor.name("a metadata key")
         if key in metadata:
             raise ModelFileError(f"{file.path}: metadata field {key!r} occurs twice")
         metadata[key] = cursor.value(key)
     places = {}
     for _ in range(tensor_count):
-        name = cursor.string("a tensor's name")
+        name = cursor.name("a tensor's name")
         if name in places:
             raise ModelFileError(f"{file.path}: tensor {name!r} occurs twice")
         places[name] = _place(cursor, name)
@@ -149,6 +150,13 @@ class _Cursor:
             return raw.decode()
         except UnicodeDecodeError as error:
             raise ModelFileError(f"{self.path}: {what} before offset {self.offset} is not UTF-8: {error}") from error
+
+    def name(self, what: str) -> str:
+        """Return a string that is short enough to be a name."""
+        name = self.string(what)
+        if len(name) > MAX_NAME:
+            raise ModelFileError(f"{self.path}: {what} before offset {self.offset} has {len(name)} characters")
+        return name
 
     def value(self, key: str) -> object:
         """Return the metadata value of `key`, whose type stands before it."""

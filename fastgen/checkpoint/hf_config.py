@@ -11,7 +11,6 @@ transformers ignores, too (`attention_bias` of a mistral): such a file was writt
     config = read_hf_config(Path("model/config.json"))
 """
 
-import json
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +18,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from fastgen.checkpoint.json_file import read_json
 from fastgen.config import ModelConfig, RopeScaling
 from fastgen.errors import ModelFileError
-from fastgen.files import RandomAccessFile
 
-MAX_BYTES = 16 << 20  # of a JSON file; real ones take a few kilobytes
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 4096  # one number each is kept in memory before any tensor is looked for
 MAX_NUMBER = 1e30  # fits fp32 with room for products
@@ -116,11 +114,11 @@ def read_hf_config(path: Path) -> ModelConfig:
 
     Raises `ModelFileError` for a file that is unreadable, not a JSON object, or not of a supported model.
     """
-    config = config_from_hf(_read_object(path), path)
+    config = config_from_hf(read_json(path), path)
     generation = path.with_name("generation_config.json")
     if not generation.exists():
         return config
-    fields = _Fields(_read_object(generation))
+    fields = _Fields(read_json(generation))
     with _naming(generation):
         stops = fields.token_ids("eos_token_id", config.vocab_size)
     return replace(config, eos_token_ids=stops) if stops else config
@@ -237,11 +235,9 @@ def _rope(fields: "_Fields", positions: int) -> tuple[float, RopeScaling | None]
         raise fields.error("partial_rotary_factor", "1: rotating a part of every head is not supported")
     old, new = fields.section("rope_scaling"), fields.section("rope_parameters")
     rope = old or new or _Fields({})
-    theta = fields.number("rope_theta")
+    theta = fields.number("rope_theta", above=1)
     if "rope_theta" in rope:
-        theta = rope.number("rope_theta")
-    if theta <= 1:
-        raise (rope if "rope_theta" in rope else fields).error("rope_theta", "a number above 1")
+        theta = rope.number("rope_theta", above=1)
     scaling = _scaling(rope, fields.optional_integer("original_max_position_embeddings"), positions)
     if rope.optional_number("partial_rotary_factor") not in (None, 1.0):
         raise rope.error("partial_rotary_factor", "1: rotating a part of every head is not supported")
@@ -313,12 +309,12 @@ class _Fields:
             return value
         raise self.error(name, f"an integer from {low} to {high}")
 
-    def number(self, name: str) -> float:
-        """Return a number from 0 to `MAX_NUMBER`."""
+    def number(self, name: str, *, above: int = 0) -> float:
+        """Return a number above `above`, up to `MAX_NUMBER`; true is none."""
         value = self.get(name)
-        if type(value) in (int, float) and 0 <= value <= MAX_NUMBER:  # type: ignore[operator]
-            return float(value)  # type: ignore[arg-type]
-        raise self.error(name, f"a number from 0 to {MAX_NUMBER:g}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and above < value <= MAX_NUMBER:
+            return float(value)
+        raise self.error(name, f"a number above {above} and up to {MAX_NUMBER:g}")
 
     def boolean(self, name: str) -> bool:
         """Return a true or false."""
@@ -363,25 +359,3 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
-
-
-def _read_object(path: Path) -> dict[str, object]:
-    file = RandomAccessFile(path)
-    if file.size > MAX_BYTES:
-        raise ModelFileError(f"{path}: {file.size} bytes, expected a JSON object of at most {MAX_BYTES}")
-    try:
-        value = json.loads(file.read(0, file.size).decode(), object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path}: not readable as JSON: {error}; fetch it again") from error
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{path}: expected a JSON object, found {reprlib.repr(value)}")
-    return value
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    value: dict[str, object] = {}
-    for name, content in pairs:
-        if name in value and value[name] != content:
-            raise ValueError(f"{reprlib.repr(name)} occurs twice, with different values")
-        value[name] = content
-    return value

@@ -106,7 +106,7 @@ class HalfSplit(LazyTensor):
         d = self.head_dim
         first, last = start // d * d, -(-stop // d) * d
         rows = self.source.read(((first, last), *inner))
-        halves = rows.view(-1, d // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+        halves = rows.view((last - first) // d, d // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
         return halves[start - first : stop - first]
 
 

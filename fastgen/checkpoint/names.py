@@ -116,10 +116,11 @@ def main_dtype(tensors: Iterable[LazyTensor]) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype])
 
 
-def shortened(names: Sequence[str], separator: str = ", ") -> str:
+def shortened(names: Sequence[str]) -> str:
     """Return the first of `names`, and how many more there are."""
+    shown = [f"{name if name.isprintable() else repr(name):.200}" for name in names[:SHOWN]]
     rest = len(names) - SHOWN
-    return separator.join(names[:SHOWN]) + (f"{separator}and {rest} more" if rest > 0 else "")
+    return ", ".join([*shown, f"and {rest} more"] if rest > 0 else shown)
 
 
 def _part_shapes(config: ModelConfig) -> Iterator[tuple[str, list[Shape]]]:

@@ -63,18 +63,22 @@ def _tensor(file: RandomAccessFile, data: int, name: str, entry: object) -> File
     fields = entry if isinstance(entry, Mapping) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ModelFileError(f"{file.path}: tensor {name!r} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
+        raise ModelFileError(
+            f"{file.path}: tensor {name!r:.100} has dtype {dtype!r:.100}, known are {', '.join(DTYPES)}"
+        )
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise ModelFileError(f"{file.path}: tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
+        raise ModelFileError(
+            f"{file.path}: tensor {name!r:.100} has shape {shape!r:.100} and data_offsets {offsets!r:.100}"
+        )
     size = DTYPES[dtype].itemsize
     for dimension in shape:
         size *= dimension
         if size > MAX_SIZE:
-            raise ModelFileError(f"{file.path}: tensor {name!r} has shape {shape}, larger than any file")
+            raise ModelFileError(f"{file.path}: tensor {name!r:.100} has shape {shape!s:.100}, larger than any file")
     begin, end = offsets
     if end - begin != size:
         raise ModelFileError(
-            f"{file.path}: tensor {name!r} ({dtype} {shape}) takes {size} bytes, but data_offsets are {offsets}"
+            f"{file.path}: tensor {name!r:.100} ({dtype} {shape!s:.100}) takes {size} bytes, but data_offsets are {offsets}"
         )
     return FileTensor(file, data + begin, shape, DTYPES[dtype])
 
@@ -89,7 +93,7 @@ def _check_coverage(file: RandomAccessFile, data: int, tensors: Mapping[str, Fil
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != position:
             kind = "overlaps the one before it" if tensor.offset < position else "leaves a hole before it"
-            raise ModelFileError(f"{file.path}: tensor {name!r} {kind}: the file is damaged; fetch it again")
+            raise ModelFileError(f"{file.path}: tensor {name!r:.100} {kind}: the file is damaged; fetch it again")
         position += tensor.nbytes
     if position != file.size:
         raise ModelFileError(

@@ -10,6 +10,7 @@ any other file, without a memory map.
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,10 +94,12 @@ def _records(file: RandomAccessFile) -> dict[int, int]:
         if name == "constants.pkl":
             raise ModelFileError(f"{file.path}: a TorchScript program, not a checkpoint; save its state_dict instead")
         if entry.compress_type != zipfile.ZIP_STORED or (name == "data.pkl" and entry.file_size > MAX_PICKLE):
-            raise ModelFileError(f"{file.path}: record {entry.filename!r} is compressed or too large; save it again")
+            raise ModelFileError(
+                f"{file.path}: record {entry.filename!r:.100} is compressed or too large; save it again"
+            )
         signature, *lengths = LOCAL_HEADER.unpack(file.read(entry.header_offset, LOCAL_HEADER.size))
         if signature != b"PK\3\4":
-            raise ModelFileError(f"{file.path}: record {entry.filename!r} is damaged; fetch the file again")
+            raise ModelFileError(f"{file.path}: record {entry.filename!r:.100} is damaged; fetch the file again")
         offset = entry.header_offset + LOCAL_HEADER.size + sum(lengths)
         if name == "byteorder" and file.read(offset, min(entry.file_size, 6)) != b"little":
             raise ModelFileError(f"{file.path}: not in little-endian byte order; save it again on another machine")
@@ -106,7 +109,8 @@ def _records(file: RandomAccessFile) -> dict[int, int]:
 
 def _load(path: Path) -> object:
     try:
-        with path.open("rb") as stream:
+        with path.open("rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle: whatever matters in it is an error
             return torch.load(stream, map_location="meta", weights_only=True)
     except LOAD_ERRORS as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -120,12 +124,12 @@ def _load(path: Path) -> object:
 
 def _lazy(file: RandomAccessFile, records: Mapping[int, int], name: str, value: object) -> LazyTensor:
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_quantized:
-        raise ModelFileError(f"{file.path}: {name!r} is a {type(value).__name__} where a dense tensor is expected")
+        raise ModelFileError(f"{file.path}: {name!r:.100} is a {type(value).__name__} where a dense tensor is expected")
     storage = value.untyped_storage()
     start = getattr(storage, "_checkpoint_offset", None)
     if start is None or records.get(start) != storage.nbytes():
         raise ModelFileError(
-            f"{file.path}: no record of {storage.nbytes()} bytes for {name!r}: damaged, or repacked by another tool"
+            f"{file.path}: no record of {storage.nbytes()} bytes for {name!r:.100}: damaged, or repacked by another tool"
         )
     offset = start + value.storage_offset() * value.dtype.itemsize
     if value.is_contiguous():

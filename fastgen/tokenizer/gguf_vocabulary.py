@@ -16,7 +16,7 @@ from fastgen.errors import ModelFileError
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.hf_json import HuggingFaceTokenizer
 from fastgen.tokenizer.score_bpe import Kind, ScoreBpeTokenizer
-from fastgen.tokenizer.settings import ROLES, Settings
+from fastgen.tokenizer.settings import Settings
 
 T = TypeVar("T")
 
@@ -135,17 +135,17 @@ def _kinds(fields: _Fields, vocab_size: int) -> list[Kind]:
 
 
 def _settings(fields: _Fields, tokens: list[str], *, add_bos: bool) -> Settings:
-    ids = {role: fields.token(f"tokenizer.ggml.{role}_token_id", len(tokens)) for role in ("bos", "eos", "eot", "eom")}
+    ids: dict[str, int] = {}
+    for role in ("bos", "eos", "eot", "eom"):
+        token = fields.token(f"tokenizer.ggml.{role}_token_id", len(tokens))
+        if token is not None:
+            ids[role] = token
     flag = fields.flag("tokenizer.ggml.add_bos_token")
     return Settings(
         source=str(fields.path),
-        tokens={
-            f"{role}_token": tokens[token]
-            for role, token in ids.items()
-            if token is not None and f"{role}_token" in ROLES
-        },
+        tokens={f"{role}_token": tokens[ids[role]] for role in ("bos", "eos") if role in ids},
         add_bos=add_bos if flag is None else flag,
-        eos_ids=tuple(token for role, token in ids.items() if token is not None and role != "bos"),
+        eos_ids=tuple(token for role, token in ids.items() if role != "bos"),
         chat_template=fields.text("tokenizer.chat_template", "") or None,
     )
 

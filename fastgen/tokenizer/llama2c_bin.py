@@ -41,7 +41,7 @@ def parse_llama2c(data: bytes, path: Path, settings: Settings) -> ScoreBpeTokeni
         source=str(path),
         settings=replace(
             settings,
-            tokens={"bos_token": "<s>", "eos_token": "</s>"} | settings.tokens,
+            tokens={"bos_token": "<s>", "eos_token": "</s>", **settings.tokens},
             add_bos=settings.add_bos is not False,
             # Its models were trained on stories that begin with BOS and end with nothing: as in run.c, BOS ends one.
             eos_ids=(BOS, EOS, *settings.eos_ids),
@@ -58,7 +58,8 @@ def looks_like_llama2c(data: bytes) -> bool:
 
 
 def _entries(data: bytes, path: Path) -> tuple[list[float], list[str]]:
-    scores, pieces = [], []
+    scores: list[float] = []
+    pieces: list[str] = []
     (longest,) = struct.unpack_from("<i", data)
     offset = 4
     while offset < len(data):

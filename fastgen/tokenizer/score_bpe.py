@@ -6,6 +6,7 @@ equals the leftmost) becomes one. What is then no piece is spelled in byte token
 and a doubly linked list of symbols that is O(n log n) (google/sentencepiece, `src/bpe_model.cc`).
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
@@ -52,7 +53,7 @@ class ScoreBpeTokenizer(SegmentedTokenizer):
         self._pieces = pieces
         self._ids = by_kind[Kind.UNUSED] | by_kind[Kind.USER_DEFINED] | by_kind[Kind.NORMAL]
         self._scores = {piece: scores[token] for piece, token in self._ids.items()}
-        if any(score != score for score in self._scores.values()):
+        if any(map(math.isnan, self._scores.values())):
             raise ModelFileError(f"{source}: some scores are not numbers; damaged, fetch it again")
         self._byte_ids = [by_kind[Kind.BYTE].get(f"<0x{value:02X}>", -1) for value in range(256)]
         if -1 in self._byte_ids or len(by_kind[Kind.BYTE]) != 256:

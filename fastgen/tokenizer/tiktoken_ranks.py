@@ -9,6 +9,7 @@ import base64
 import binascii
 import importlib
 import re
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -67,7 +68,7 @@ class TiktokenTokenizer(SegmentedTokenizer):
     def _encode_ordinary(self, text: str) -> list[int]:
         cuts = [0, *(run.end() for run in BLANK_RUN.finditer(text)), len(text)]
         ids: list[int] = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             ids += self._encoding.encode_ordinary(text[start:stop])
         return ids
 
