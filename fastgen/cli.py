@@ -30,7 +30,30 @@ def flag(default: Any, text: str, *, aliases: Sequence[str] = (), negation: str 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFlags:
+class ComputeFlags:
+    """Where to compute, in which precision."""
+
+    compile: bool = flag(False, "compile with torch.compile", aliases=["compile-prefill"])
+    device: str | None = flag(None, "cuda, cuda:N or cpu (default: cuda where there is one)", metavar="D")
+    dtype: str | None = flag(None, "precision (default: bf16 where it is native)", choices=("bf16", "fp16", "fp32"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerFlags:
+    """How text becomes tokens."""
+
+    tokenizer: str | None = flag(None, "a tokenizer's file or folder, if not the model's own", metavar="PATH")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeedFlags:
+    """What random choices follow from."""
+
+    seed: int = flag(0, "of all random choices: same seed, same result", type=int, metavar="S")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags(ComputeFlags, TokenizerFlags):
     """Which model, in which form, where."""
 
     model: str = flag(
@@ -38,16 +61,12 @@ class ModelFlags:
     )
     revision: str | None = flag(None, "the hub's revision of --model", metavar="R")
     offline: bool = flag(False, "never ask the network")
-    tokenizer: str | None = flag(None, "a tokenizer's file or folder, if not the model's own", metavar="PATH")
     quant: str | None = flag(None, "quantize the weights at load", choices=("int8", "int4", "q8_0"))
     group_size: int = flag(128, "int4: weights that share a scale", choices=(32, 64, 128, 256))
     symmetric: bool = flag(False, "int4: without zero points", negation="asymmetric")
     keep: str | None = flag(None, "formats of single weights, as in lm_head=bf16,layers.0=int8", metavar="RULES")
     kv_cache: str | None = flag(None, "format of the KV cache", choices=("int8",))
-    compile: bool = flag(False, "compile with torch.compile", aliases=["compile-prefill"])
     fail_on_recompile: bool = flag(False, "with --compile: end with an error if anything compiles after the start")
-    device: str | None = flag(None, "cuda, cuda:N or cpu (default: cuda where there is one)", metavar="D")
-    dtype: str | None = flag(None, "precision (default: bf16 where it is native)", choices=("bf16", "fp16", "fp32"))
     max_seq_len: int | None = flag(
         None, "tokens that the KV cache holds (default: what is needed)", type=int, metavar="N"
     )
@@ -63,7 +82,7 @@ class SpeculationFlags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingFlags:
+class SamplingFlags(SeedFlags):
     """How tokens are chosen, and when to stop."""
 
     temperature: float = flag(0.0, "0 takes the likeliest token (default)", type=float, metavar="T")
@@ -71,7 +90,6 @@ class SamplingFlags:
     top_p: float = flag(1.0, "sample from the likeliest tokens that hold this probability", type=float, metavar="P")
     min_p: float = flag(0.0, "drop tokens below this share of the likeliest one's probability", type=float, metavar="P")
     repetition_penalty: float = flag(1.0, "above 1: tokens of the text become less likely", type=float, metavar="R")
-    seed: int = flag(0, "of the sampling noise: same seed, same text", type=int, metavar="S")
     max_new_tokens: int = flag(200, "tokens to generate at most (default 200)", type=int, metavar="N")
     stop: tuple[str, ...] = flag((), "end the text here; may be given several times", action="append", metavar="TEXT")
 
@@ -124,7 +142,10 @@ def parse(config: type[Config], argv: Sequence[str] | None, *, prog: str, descri
     for name in UNBUILT:
         if values.get(name) not in (None, False):
             parser.error(f"--{name.replace('_', '-')}: not built yet; leave it out")
-    return config(**{name: tuple(value or ()) if name == "stop" else value for name, value in values.items()})
+    for entry in dataclasses.fields(config):  # type: ignore[arg-type]
+        if entry.metadata["argparse"].get("action") == "append":
+            values[entry.name] = tuple(values[entry.name] or ())
+    return config(**values)
 
 
 def _dashed(word: str) -> str:

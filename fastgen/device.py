@@ -1,10 +1,5 @@
-"""Where and in which precision to run, decided once, with the reason; and how fast that memory can be read.
+"""Where and in which precision to run, decided once, with the reason."""
 
-A decode step reads every weight once, so its floor is bytes / read bandwidth. The bandwidth is measured with a
-read-only sum on the device itself, in the same run as the speed that stands beside it, never from a datasheet.
-"""
-
-import time
 from dataclasses import dataclass
 
 import torch
@@ -73,21 +68,6 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
-
-
-def measure_read_bandwidth(device: torch.device, *, size: int | None = None, repeats: int = 5) -> float:
-    """Return the best of `repeats` read-only passes over `size` bytes (1 GiB on CUDA, 256 MiB else), in GB/s."""
-    count = (size or (1 << 30 if device.type == "cuda" else 1 << 28)) // 4
-    data = torch.ones(count, dtype=torch.float32, device=device)
-    data.sum()
-    best = float("inf")
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        data.sum()
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return count * 4 / best / 1e9
 
 
 def synchronize(device: torch.device) -> None:

@@ -193,7 +193,7 @@ class Engine:
         padded = padded.to(self.device)
         last: Tensor | None = None
         for start, width in chunks(first, max(map(len, prompts))):
-            hidden = self._steps.prefill(padded[:, start : start + width].contiguous(), start, lengths)
+            hidden = self._steps.prefill(padded[:, start : start + width], start, lengths)
             last = hidden if last is None else torch.where((lengths > start)[:, None], hidden, last)
         assert last is not None, "every prompt has a token that is not in the cache"
         return last

@@ -19,6 +19,7 @@ from fastgen.device import Placement, choose_placement
 from fastgen.errors import CapacityError, ModelFileError
 from fastgen.model import Transformer
 from fastgen.tokenizer.base import Tokenizer
+from fastgen.tokenizer.byte_tokens import ByteTokenizer
 from fastgen.tokenizer.open import check_vocabulary, open_tokenizer
 
 Progress = Callable[[int, int], None]
@@ -62,6 +63,26 @@ def load_model(
     check_vocabulary(words, checkpoint.config.vocab_size, Path(tokenizer) if tokenizer else checkpoint.path)
     transformer = build(checkpoint.config, checkpoint.tensors, placement, progress)
     return LoadedModel(transformer=transformer, tokenizer=words, checkpoint=checkpoint, placement=placement)
+
+
+def random_model(config: ModelConfig, placement: Placement, *, seed: int = 0) -> LoadedModel:
+    """Return a model of a shape with random weights, made on the device; its tokens are bytes."""
+    with torch.device("meta"):
+        transformer = Transformer(config).to(placement.dtype)
+    transformer = transformer.to_empty(device=placement.device)
+    generator = torch.Generator(placement.device).manual_seed(seed)
+    for name, parameter in transformer.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0, 0.02, generator=generator)
+    checkpoint = Checkpoint(
+        path=Path("random"), format="random", config=config, dtype=placement.dtype, tensors={},
+        open_tokenizer=ByteTokenizer,
+    )  # fmt: skip
+    return LoadedModel(
+        transformer=transformer.eval(), tokenizer=ByteTokenizer(), checkpoint=checkpoint, placement=placement
+    )
 
 
 def resolve(source: str | Path) -> Path:

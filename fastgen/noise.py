@@ -87,7 +87,7 @@ def gumbel(key: NoiseKey, vocab_size: int, *, first_token: int = 0) -> Tensor:
     and compilers. Within a row no two tokens share an integer: over the last word alone the hash is a permutation.
     """
     device = key.position.device
-    seed = torch.as_tensor(key.seed, device=device)
+    seed = torch.full((), key.seed, device=device) if isinstance(key.seed, int) else key.seed
     stream = torch.full_like(seed, key.stream)
     position = key.position.long()[..., None]
     sample = key.sample.long().reshape(-1, *[1] * (position.dim() - 1))

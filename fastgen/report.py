@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from fastgen.device import describe, measure_read_bandwidth
+from fastgen.device import describe
 from fastgen.engine import Engine
+from fastgen.kernels.bandwidth import measure_read_bandwidth
 from fastgen.load import LoadedModel
 
 SCHEMA_VERSION = 1

@@ -1,12 +1,12 @@
 """From logits to a token: greedy, or sampled with temperature, top-k, top-p, min-p and a repetition penalty.
 
 Sampling is Gumbel-max: argmax(logits / temperature + Gumbel noise) is a draw from softmax(logits / temperature)
-(https://arxiv.org/abs/1611.01144, section 2). With noise that is a function of its place (`fastgen.noise`) the token is
-too, whoever computes it.
+(https://arxiv.org/abs/1611.01144, section 2). The noise is a function of its place (`fastgen.noise`), and with it
+the token, whoever computes it.
 
 Nothing here waits for the device: no value is read on the host and no shape depends on data. Options are Python
-constants, so a compiled step holds only what they switch on. Order and meaning of the filters are those of Hugging
-Face transformers; what they leave open, ties, is decided below. Letters: B samples, V vocabulary.
+constants, so a compiled step holds only what they switch on. Order and meaning of the filters are those of
+Hugging Face transformers; what it leaves open, ties, is decided here. V is the size of the vocabulary.
 """
 
 import math
@@ -19,60 +19,58 @@ from fastgen.errors import UsageError
 from fastgen.noise import NoiseKey, gumbel
 
 INVALID_TOKEN = -1
-"""Stands for the token where the logits name none: a NaN or +inf among them, or all -inf."""
+"""Stands for a token where the logits name none: there is a NaN or +inf among them, or all are -inf."""
 
-PROBABILITY_STEPS = 2**40  # fixed point of top-p; finer than any fp32 probability above 2^-17
+PROBABILITY_UNITS = 2**40  # of top-p's integer sums: as fine as fp32 for every probability above 2^-17
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen. The defaults are greedy decoding; a temperature of 0 leaves the filters without effect.
+    """How tokens are chosen; the default is greedy decoding, which no filter changes.
 
-    Raises `UsageError` that names the flag of the same name.
+    Raises `UsageError`, which names the flag, where a value is out of its range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0  # 0 = all
-    top_p: float = 1.0  # 1 = all
-    min_p: float = 0.0  # 0 = all
-    repetition_penalty: float = 1.0  # 1 = none; also when greedy
+    temperature: float = 0.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    min_p: float = 0.0  # 0 = off
+    repetition_penalty: float = 1.0  # 1 = off; the one option that greedy decoding heeds
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks = (
-            ("temperature", 0 <= self.temperature < math.inf, "a finite number, 0 (greedy) or above"),
-            ("top_k", self.top_k >= 0, "a number of tokens, or 0 to keep all"),
-            ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1 (keeps all)"),
-            ("min_p", 0 <= self.min_p <= 1, "a number from 0 (keeps all) to 1"),
-            (
-                "repetition_penalty",
-                0 < self.repetition_penalty < math.inf,
-                "a finite number above 0 (1 is none)",
-            ),
-            ("seed", -(2**63) <= self.seed < 2**63, "a signed 64-bit integer"),
+        temperature, penalty = self.temperature, self.repetition_penalty
+        expectations = (
+            # The bounds keep fp32 from overflow, and numbers from being divided by what rounds to 0.
+            ("temperature", temperature == 0 or 1e-6 <= temperature <= 1e6, "0 (greedy), or 1e-6 to 1e6"),
+            ("top_k", self.top_k >= 0, "a number of tokens, or 0 for all"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0, up to 1 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "a number from 0 (off) to 1"),
+            ("repetition_penalty", 1e-6 <= penalty <= 1e6, "1e-6 to 1e6; 1 is off, more discourages"),
+            ("seed", -(2**63) <= self.seed < 2**63, "an integer of 64 bits, with its sign"),
         )
-        for name, fine, expected in checks:
-            if not fine:
+        for name, met, expected in expectations:
+            if not met:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
 
 
 def penalize(logits: Tensor, seen: Tensor, options: SamplingOptions) -> Tensor:
-    """Make the tokens of the mask `seen` (bool [..., V]) less likely: CTRL's penalty (https://arxiv.org/abs/1909.05858).
+    """Make tokens that were `seen` (bool [..., V]) less likely, as in CTRL (https://arxiv.org/abs/1909.05858).
 
-    As in transformers, positive fp32 logits [..., V] are divided by the penalty and negative ones multiplied, once a
-    token however often it was seen. It precedes the temperature.
+    As in transformers, positive fp32 logits [..., V] are divided by the penalty and negative ones multiplied,
+    once a token however often it was seen. This precedes the temperature.
     """
     penalty = options.repetition_penalty
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """Apply temperature (above 0), top-k, top-p, min-p to fp32 logits [..., V]; -inf marks the tokens removed.
+    """Apply temperature (not 0), top-k, top-p and min-p to fp32 logits [..., V]; removed tokens become -inf.
 
-    The rest comes back divided by the temperature, less the row's maximum: the same distribution, with fp32's
-    precision spent on the tokens that can win, however large the logits. Each filter sees what the one before left.
-    Tokens that tie at a threshold stay together, so no outcome hangs on the order of a sort; the most likely token
-    always stays. A row with a NaN or +inf comes back with a NaN.
+    The others come back less the row's maximum and divided by the temperature: the same distribution, with
+    fp32's precision spent on the tokens that can win, however large the logits. Each filter sees what the one
+    before left. Tokens that tie at a threshold stay together, so no result hangs on the order of a sort, and the
+    most likely token always stays. A NaN or +inf in a row comes back as NaN.
     """
     scores = (logits - logits.amax(-1, keepdim=True)) / options.temperature
     if 0 < options.top_k < scores.shape[-1]:
@@ -80,19 +78,35 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     if options.top_p < 1:
         scores = _remove_below(scores, _top_p_threshold(scores, options.top_p))
     if options.min_p > 0:
-        # p / p_max >= min_p without a softmax: the maximum of the scores is 0.
-        scores = scores.masked_fill(scores < math.log(options.min_p), -math.inf)
+        # p / max p < min_p, without a softmax: the largest score is 0.
+        scores = _remove_below(scores, math.log(options.min_p))
     return scores
+
+
+def _remove_below(scores: Tensor, threshold: Tensor | float) -> Tensor:
+    # The comparison is false for NaN, so a NaN stays and reaches `best_token`.
+    return scores.masked_fill(scores < threshold, -math.inf)
+
+
+def _top_p_threshold(scores: Tensor, top_p: float) -> Tensor:
+    """Return [..., 1], the least score of the fewest most likely tokens whose probabilities reach `top_p`.
+
+    Probabilities are added up as integers: a sum of floats depends on its order, CUDA's cumsum does not fix one
+    (see torch.use_deterministic_algorithms), and the same seed would now and then give another text.
+    """
+    ascending = scores.sort(-1).values
+    units = (ascending.softmax(-1) * PROBABILITY_UNITS).round().long()
+    removed = (units.cumsum(-1) <= int((1 - top_p) * PROBABILITY_UNITS)).sum(-1, keepdim=True)
+    return ascending.gather(-1, removed.clamp(max=scores.shape[-1] - 1))
 
 
 def sample(
     logits: Tensor, options: SamplingOptions, *, key: NoiseKey | None = None, seen: Tensor | None = None
 ) -> Tensor:
-    """Choose a token from each row of logits [..., V] (fp32 or lower): int64 [...], or `INVALID_TOKEN`.
+    """Choose a token for each row of logits [..., V] (fp32 or lower): int64 [...], or `INVALID_TOKEN`.
 
-    `key` names the noise, and is needed unless the options are greedy (its shape is that of the result); its seed
-    counts, not that of the options. `seen` [..., V] is the bool mask of earlier tokens, needed with a repetition
-    penalty.
+    `key` names the noise of these rows, with its own seed, and may be left out when greedy. `seen` [..., V] is
+    the bool mask of earlier tokens, and may be left out without a repetition penalty.
     """
     scores = logits.float()
     if options.repetition_penalty != 1:
@@ -107,36 +121,19 @@ def sample(
 def best_token(scores: Tensor) -> Tensor:
     """Return the id of each row's largest score [..., V], the lowest id on ties: int64 [...].
 
-    A row without a finite maximum gives `INVALID_TOKEN`: a broken model must not pass for a confident one, and there
-    is no raising on the device. Whoever reads the tokens raises; whoever feeds them back clamps them to 0 first.
+    Without a finite maximum it is `INVALID_TOKEN`, so that a broken model does not pass for a confident one:
+    nothing can be raised on the device. Who reads the tokens raises; who feeds them back clamps them to 0 first.
     """
-    # torch.max promises the first of equal maxima, eager and compiled, and counts NaN as the largest value.
+    # torch.max promises the first of equal maxima, and NaN is the largest value to it.
     value, token = scores.max(-1)
     return torch.where(value.isfinite(), token, INVALID_TOKEN)
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the model's own log-probability of `tokens` [...] (int64) under logits [..., V]: fp32 [...].
+    """Return the log-probabilities of `tokens` (int64 [...]) under logits [..., V]: fp32 [...].
 
-    It is that of the distribution before penalty, temperature and filters; NaN where the token is `INVALID_TOKEN`.
+    They are the model's own: without penalty, temperature and filters. That of `INVALID_TOKEN` is NaN.
     """
     logits = logits.float()
-    chosen = logits.gather(-1, tokens.clamp(min=0)[..., None])[..., 0] - logits.logsumexp(-1)
-    return chosen.masked_fill(tokens == INVALID_TOKEN, math.nan)
-
-
-def _remove_below(scores: Tensor, threshold: Tensor) -> Tensor:
-    # Written as a comparison that is false for NaN, so that a NaN stays and is noticed.
-    return scores.masked_fill(scores < threshold, -math.inf)
-
-
-def _top_p_threshold(scores: Tensor, top_p: float) -> Tensor:
-    """Return [..., 1]: the smallest score in the smallest set of largest ones whose probability reaches `top_p`.
-
-    Probabilities are summed as integers. A floating-point sum depends on its order, which CUDA's cumsum does not fix
-    (see torch.use_deterministic_algorithms), and the same seed would now and then give another text.
-    """
-    ascending = scores.sort(-1).values
-    steps = (ascending.softmax(-1) * PROBABILITY_STEPS).round().long()
-    removed = (steps.cumsum(-1) <= int((1 - top_p) * PROBABILITY_STEPS)).sum(-1, keepdim=True)
-    return ascending.gather(-1, removed.clamp(max=scores.shape[-1] - 1))
+    chosen = logits.gather(-1, tokens.clamp(min=0)[..., None])[..., 0]
+    return (chosen - logits.logsumexp(-1)).masked_fill(tokens == INVALID_TOKEN, math.nan)

@@ -97,6 +97,8 @@ class Steps:
     def prefill(self, tokens: Tensor, start: int, lengths: Tensor) -> Tensor:
         """Fill positions start .. start + T - 1 with tokens [B, T]; returns hidden states [B, D], see `prefill`."""
         width = tokens.shape[1]
+        # A slice of one row counts as contiguous with any stride, and the strides are part of the compiled graph.
+        tokens = tokens.clone(memory_format=torch.contiguous_format)
         positions = self._positions[start : start + width].repeat(tokens.shape[0], 1)
         if self.compiled:
             torch._dynamo.mark_dynamic(tokens, 1)

@@ -11,8 +11,7 @@ from fastgen.config import ModelConfig
 from fastgen.device import choose_placement
 from fastgen.load import LoadedModel, build
 from fastgen.model import Transformer
-from fastgen.tokenizer.base import Tokenizer
-from fastgen.tokenizer.settings import Settings
+from fastgen.tokenizer.byte_tokens import ByteTokenizer
 
 TINY = {
     "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_dim": 48, "vocab_size": 258,
@@ -29,22 +28,6 @@ class InMemory(LazyTensor):
 
     def read(self, bounds: Bounds) -> Tensor:
         return self.tensor[tuple(slice(*bound) for bound in bounds)].clone()
-
-
-class ByteTokenizer(Tokenizer):
-    """Bytes are tokens 0 .. 255; 256 begins a text, 257 ends it."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            vocab_size=258, special={"<s>": 256, "</s>": 257}, bos_id=256, eos_id=257, add_bos=True, adds_space=False,
-            settings=Settings(),
-        )  # fmt: skip
-
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
-        return list(text.encode())
-
-    def _token_bytes(self, token: int) -> bytes:
-        return bytes([token])
 
 
 def random_weights(config: ModelConfig, seed: int = 0, scale: float = 0.5) -> dict[str, Tensor]:

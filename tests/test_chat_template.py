@@ -1,11 +1,14 @@
 """Chat templates: rendered as transformers renders them, and hostile ones stopped."""
 
+import ast
+import sys
+
 import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastgen.errors import ModelFileError, UsageError
-from fastgen.tokenizer.chat_template import render_chat
+from fastgen.tokenizer.chat_template import CHILD, render_chat
 from tests.vocabularies import small_byte_level
 
 SPECIAL = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
@@ -74,8 +77,9 @@ TEMPLATES = {
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
 {%- endif %}""",
     "everything else": (
-        "{% for message in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{% generation %}{% set x = message %}"
-        "{{ x | tojson }}{{ message|tojson(indent=2, ensure_ascii=true) }}{% endgeneration %}{{ x is defined }}{% endfor %}"
+        "{% for message in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{% generation %}"
+        "{% set x = message %}{{ x | tojson }}{{ message|tojson(indent=2, ensure_ascii=true) }}"
+        "{% endgeneration %}{{ x is defined }}{% endfor %}"
         "{{ messages | map(attribute='role') | join(',') }}{{ documents }}{{ pad_token is defined }}"
     ),
 }
@@ -121,8 +125,8 @@ DOUBLING = (
 )
 HOSTILE = {
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "power": "{{ 9 ** 9 ** 9 ** 9 }}",
-    "many powers": "{% for i in range(9999) %}{{ 7 ** 99999 % 2 }}{% endfor %}",
+    "power": "{{ 9 ** (9 ** (9 ** 9)) }}",
+    "many powers": "{% for i in range(9999) %}{{ (7 + i) ** 9999999 % 2 }}{% endfor %}",
     "format by percent": "{{ '%1000000000d' % 1 }}",
     "format by method": "{{ '{:1000000000d}'.format(1) }}",
     "format by filter": "{{ '%1000000000d' | format(1) }}",
@@ -130,7 +134,7 @@ HOSTILE = {
     "repetition": "{{ 'a' * 10 ** 10 }}",
     "repeated list": "{{ [1] * 10 ** 10 }}",
     "doubling": DOUBLING,
-    "doubling by replace": "{% set ns = namespace(s='aa') %}{% for i in range(9) %}{% set ns.s = ns.s.replace('a', ns.s) %}{% endfor %}",
+    "doubling by replace": DOUBLING.replace("ns.s ~ ns.s", "ns.s.replace('a', ns.s)"),
     "range": "{{ range(10 ** 9) | list }}",
     "centering": "{{ 'x' | center(10 ** 9) }}",
     "indentation": "{{ messages | tojson(indent=10 ** 9) }}",
@@ -167,12 +171,12 @@ def test_a_hostile_template_ends_in_a_short_error(name: str) -> None:
     assert message.startswith("chat template: ") and message.isprintable() and len(message) < 500
 
 
-def test_a_template_sees_nothing_of_the_environment_or_of_us(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgen.tokenizer import template_child
-
-    source = (template_child.__file__ or "").removesuffix("c")
-    imported = {line.split()[1].split(".")[0] for line in open(source) if line.startswith(("import ", "from "))}
-    assert "fastgen" not in imported and "torch" not in imported
-    monkeypatch.setenv("PYTHONSTARTUP", "/nowhere")
-    monkeypatch.setenv("PYTHONPATH", "/nowhere")
-    assert render("{{ 1 + 1 }}", [USER]) == "2"
+def test_the_rendering_process_loads_nothing_but_jinja2_and_the_standard_library() -> None:
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(CHILD.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module or "")
+    foreign = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
+    assert foreign == {"jinja2"}

@@ -10,7 +10,7 @@ PACKAGES = ("fastgen", "quantize", "tp")
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        r"fastgen\.(config|errors|files|device|noise|sampling)",
+        r"fastgen\.(config|shapes|errors|files|staged|device|noise|sampling)",
         r"fastgen\.tokenizer\.\w+",
         r"fastgen\.kernels\.(reference|rope)",
     ),
@@ -23,8 +23,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (r"tp\.apply",),
     (r"fastgen\.load",),
     (r"fastgen\.(completion|steps|engine|naive)",),
-    (r"fastgen\.speculative",),
-    (r"fastgen\.(scoring|cli|report)",),
+    (r"fastgen\.(speculative|training\.\w+)",),
+    (r"fastgen\.(scoring|cli|report|benchmark|baseline)",),
     (r"fastgen\.(generate|chat|bench|evaluate|train|convert|doctor)", r"quantize\.run"),
 )
 """Lowest first, as in the README; within a floor, imports may not form a circle. Commands are imported by nobody."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastgen.checkpoint.gguf import open_gguf
 from fastgen.checkpoint.gguf_header import MAGIC as GGUF_MAGIC
-from fastgen.checkpoint.hf import WEIGHTS, has_hf_weights, open_hf
+from fastgen.checkpoint.hf import WEIGHTS, open_hf
 from fastgen.checkpoint.lazy import Checkpoint
 from fastgen.checkpoint.llama2c import looks_like_llama2c, open_llama2c
 from fastgen.checkpoint.safetensors_file import looks_like_safetensors
@@ -30,7 +30,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except FileNotFoundError as error:
         raise ModelFileError(f"{path}: no such file or folder{_suggestion(path)}") from error
     except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path}: cannot be opened: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelFileError(f"{path}: cannot be opened: {reason}") from error
     return _open_folder(path) if stat.S_ISDIR(mode) else _open_file(path)
 
 
@@ -42,7 +43,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     if not names:
         raise ModelFileError(f"{folder}: the folder is empty")
     ggufs = [name for name in names if name.endswith(".gguf")]
-    if has_hf_weights(folder) or ("config.json" in names and not ggufs):
+    if not set(WEIGHTS).isdisjoint(names) or ("config.json" in names and not ggufs):
         return open_hf(folder)
     if len(ggufs) == 1:
         return open_gguf(folder / ggufs[0])
@@ -61,10 +62,8 @@ def _open_file(path: Path) -> Checkpoint:
     start = bytes(file.read(0, min(28, file.size)))
     if start.startswith(GGUF_MAGIC):
         return open_gguf(path)
-    if looks_like_safetensors(start) or looks_like_torch(start):
+    if path.name in WEIGHTS or looks_like_safetensors(start) or looks_like_torch(start):
         return open_hf(path.parent, path)
-    if path.name in WEIGHTS or path.name == "config.json":
-        return open_hf(path.parent)
     if start.startswith(LLAMA2C_MAGIC):
         raise ModelFileError(f"{path}: versions 1 and 2 of llama2.c's format are not supported yet")
     if looks_like_llama2c(start):

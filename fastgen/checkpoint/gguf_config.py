@@ -62,6 +62,9 @@ def config_from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, LazyT
             )
     theta = fields.get("rope.freq_base", float, 10000.0)
     window = fields.get("attention.sliding_window", int, 0)
+    scaling, llama3_scaling = _rope_scaling(fields, context), _llama3_scaling(tensors, head_dim, theta)
+    if scaling and llama3_scaling:
+        raise ModelFileError(f"'rope.scaling.type' and tensor {ROPE_FREQS!r} ask for two scalings at once")
     config = ModelConfig(
         **sizes,
         n_kv_heads=fields.get("attention.head_count_kv", int, heads),
@@ -69,7 +72,7 @@ def config_from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, LazyT
         vocab_size=_vocab_size(fields),
         norm_eps=fields.required("attention.layer_norm_rms_epsilon", float),
         rope_theta=theta,
-        rope_scaling=_rope_scaling(fields, context) or _llama3_scaling(tensors, head_dim, theta),
+        rope_scaling=scaling or llama3_scaling,
         tie_embeddings="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
@@ -124,7 +127,8 @@ class _Fields:
 
     def _typed(self, key: str, kind: type[Value], default: Value) -> Value:
         value = self.metadata.get(key, default)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if not isinstance(value, kind) or isinstance(value, bool) or endless:
             raise ModelFileError(f"metadata field {key!r} is {value!s:.40}, expected one {kind.__name__}")
         return value
 
@@ -162,7 +166,7 @@ def _llama3_scaling(tensors: Mapping[str, LazyTensor], head_dim: int, theta: flo
     if bool((factors == 1).all()):
         return None
     scaling = RopeScaling(kind="llama3", factor=float(factors.max()), original_max_seq_len=LLAMA3_CONTEXT)
-    if not torch.allclose(factors, _llama3_divisors(scaling, head_dim, theta), rtol=1e-5):
+    if math.isinf(scaling.factor) or not torch.allclose(factors, _llama3_divisors(scaling, head_dim, theta), rtol=1e-5):
         raise ModelFileError(
             f"tensor {ROPE_FREQS!r} is not what Llama 3.1 to 3.3 have (original context {LLAMA3_CONTEXT}, frequency "
             "factors 1 and 4); other frequency factors are not supported"

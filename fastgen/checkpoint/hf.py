@@ -50,11 +50,6 @@ def open_hf(folder: Path, weights: Path | None = None) -> Checkpoint:
     )
 
 
-def has_hf_weights(folder: Path) -> bool:
-    """Return whether `folder` holds weights under one of the names of Hugging Face."""
-    return any(os.path.lexists(folder / name) for name in WEIGHTS)
-
-
 def _find_weights(folder: Path) -> Path:
     for name in WEIGHTS:
         if os.path.lexists(folder / name):
@@ -90,9 +85,7 @@ def _shards(index: Path) -> dict[str, str]:
         raise ModelFileError(f"{index}: no 'weight_map' from tensors to files")
     for tensor, name in shards.items():
         if not isinstance(name, str) or name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
-            raise ModelFileError(
-                f"{index}: tensor {tensor!r:.100} is said to be in {name!r:.100}, which is no plain file name"
-            )
+            raise ModelFileError(f"{index}: {tensor!r:.100} is put into {name!r:.100}, which is no plain file name")
     return shards
 
 
@@ -109,9 +102,7 @@ def _within(index: Path, name: str) -> Path:
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
-        raise ModelFileError(
-            f"{index}: names the file {name!r:.100}, which is not there or is a broken link"
-        ) from error
+        raise ModelFileError(f"{index}: names the file {name!r:.100}, which is not there, or a broken link") from error
     if not target.is_relative_to(root):
         raise ModelFileError(f"{index}: the file {name!r} is a link that leads out of {root}, to {target}")
     return path

@@ -179,10 +179,11 @@ def _check(
     source: Path,
 ) -> None:
     # A head beside tied embeddings is a copy that some writers leave; Transformers does not read it either.
-    ignored = scheme.ignored + ((f"{scheme.model['lm_head']}.weight",) if config.tie_embeddings else ())
+    head = {f"{scheme.model['lm_head']}.weight"} if config.tie_embeddings else set()
+    known = head.union(wanted)
     problems = {
         "missing tensors": [name for name in wanted if name not in foreign],
-        "unexpected tensors": [name for name in foreign if name not in wanted and not name.endswith(ignored)],
+        "unexpected tensors": [name for name in foreign if name not in known and not name.endswith(scheme.ignored)],
         "tensors that do not fit the config": [
             f"{name} is {_describe(foreign[name])} where {list(shape)} is expected"
             for name, shape in wanted.items()

@@ -60,26 +60,21 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
 
 
 def _tensor(file: RandomAccessFile, data: int, name: str, entry: object) -> FileTensor:
+    place = f"{file.path}: tensor {name!r:.100}"
     fields = entry if isinstance(entry, Mapping) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ModelFileError(
-            f"{file.path}: tensor {name!r:.100} has dtype {dtype!r:.100}, known are {', '.join(DTYPES)}"
-        )
+        raise ModelFileError(f"{place} has dtype {dtype!r:.100}, known are {', '.join(DTYPES)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise ModelFileError(
-            f"{file.path}: tensor {name!r:.100} has shape {shape!r:.100} and data_offsets {offsets!r:.100}"
-        )
+        raise ModelFileError(f"{place} has shape {shape!r:.100} and data_offsets {offsets!r:.100}")
     size = DTYPES[dtype].itemsize
     for dimension in shape:
         size *= dimension
         if size > MAX_SIZE:
-            raise ModelFileError(f"{file.path}: tensor {name!r:.100} has shape {shape!s:.100}, larger than any file")
+            raise ModelFileError(f"{place} has shape {shape!r:.100}, larger than any file")
     begin, end = offsets
     if end - begin != size:
-        raise ModelFileError(
-            f"{file.path}: tensor {name!r:.100} ({dtype} {shape!s:.100}) takes {size} bytes, but data_offsets are {offsets}"
-        )
+        raise ModelFileError(f"{place} ({dtype} {shape!r:.100}) takes {size} bytes, but data_offsets are {offsets}")
     return FileTensor(file, data + begin, shape, DTYPES[dtype])
 
 

@@ -55,9 +55,9 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
         )
     records = _records(file)
     state = _load(path)
-    if not isinstance(state, Mapping):
-        raise ModelFileError(f"{path}: holds a {type(state).__name__} where a dict of tensors is expected")
-    return {str(name): _lazy(file, records, str(name), value) for name, value in state.items()}
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ModelFileError(f"{path}: holds a {type(state).__name__} where a dict of tensors by name is expected")
+    return {name: _lazy(file, records, name, value) for name, value in state.items()}
 
 
 class StridedTensor(LazyTensor):
@@ -90,19 +90,17 @@ def _records(file: RandomAccessFile) -> dict[int, int]:
         raise ModelFileError(f"{file.path}: damaged or truncated zip archive: {error}; fetch it again") from error
     records = {}
     for entry in entries:
-        name = entry.filename.rpartition("/")[2]
+        name, place = entry.filename.rpartition("/")[2], f"{file.path}: record {entry.filename!r:.100}"
         if name == "constants.pkl":
             raise ModelFileError(f"{file.path}: a TorchScript program, not a checkpoint; save its state_dict instead")
         if entry.compress_type != zipfile.ZIP_STORED or (name == "data.pkl" and entry.file_size > MAX_PICKLE):
-            raise ModelFileError(
-                f"{file.path}: record {entry.filename!r:.100} is compressed or too large; save it again"
-            )
+            raise ModelFileError(f"{place} is compressed or too large; save the file again with torch.save")
         signature, *lengths = LOCAL_HEADER.unpack(file.read(entry.header_offset, LOCAL_HEADER.size))
         if signature != b"PK\3\4":
-            raise ModelFileError(f"{file.path}: record {entry.filename!r:.100} is damaged; fetch the file again")
+            raise ModelFileError(f"{place} is damaged; fetch the file again")
         offset = entry.header_offset + LOCAL_HEADER.size + sum(lengths)
         if name == "byteorder" and file.read(offset, min(entry.file_size, 6)) != b"little":
-            raise ModelFileError(f"{file.path}: not in little-endian byte order; save it again on another machine")
+            raise ModelFileError(f"{place} is not 'little'; save the file again on a little-endian machine")
         records[offset] = entry.file_size
     return records
 
@@ -123,14 +121,13 @@ def _load(path: Path) -> object:
 
 
 def _lazy(file: RandomAccessFile, records: Mapping[int, int], name: str, value: object) -> LazyTensor:
+    place = f"{file.path}: {name!r:.100}"
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_quantized:
-        raise ModelFileError(f"{file.path}: {name!r:.100} is a {type(value).__name__} where a dense tensor is expected")
+        raise ModelFileError(f"{place} is a {type(value).__name__} where a dense tensor is expected")
     storage = value.untyped_storage()
     start = getattr(storage, "_checkpoint_offset", None)
     if start is None or records.get(start) != storage.nbytes():
-        raise ModelFileError(
-            f"{file.path}: no record of {storage.nbytes()} bytes for {name!r:.100}: damaged, or repacked by another tool"
-        )
+        raise ModelFileError(f"{place} has no record of {storage.nbytes()} bytes: damaged, or packed by another tool")
     offset = start + value.storage_offset() * value.dtype.itemsize
     if value.is_contiguous():
         return FileTensor(file, offset, value.shape, value.dtype)

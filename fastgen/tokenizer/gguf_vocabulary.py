@@ -6,7 +6,6 @@ merging is not in the file: `pre` names it, and the expressions are in llama.cpp
 is not in the table below is refused, since a wrong split gives wrong ids without any other sign.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +193,7 @@ def _byte_level_bpe(fields: _Fields, tokens: list[str], kinds: list[Kind]) -> Hu
         "model": {"type": "BPE", "vocab": vocabulary, "merges": pairs, "ignore_merges": split.whole_words},
     }
     settings = _settings(fields, tokens, add_bos=split.add_bos)
-    return HuggingFaceTokenizer(json.dumps(content).encode(), fields.path, settings)
+    return HuggingFaceTokenizer(content, fields.path, settings)
 
 
 def _added_token(index: int, content: str, *, special: bool) -> dict[str, object]:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -22,17 +23,16 @@ PASSIVE = ("Fuse", "ByteFallback")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`. Raises `ModelFileError` naming `path` if `data` is none, or of another kind."""
+    """The `content` of a tokenizer.json. Raises `ModelFileError` naming `path` if it is none, or of another kind."""
 
-    def __init__(self, data: bytes, path: Path, settings: Settings) -> None:
-        model = _load(data, path)
+    def __init__(self, content: object, path: Path, settings: Settings) -> None:
+        model = _load(content, path)
         special = _special(model)
         for text in settings.tokens.values():  # named beside the file, and perhaps not marked special within
             if text not in special and model.token_to_id(text) is not None:
                 model.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True)])
         special = _special(model)
-        first = model.encode("a").ids[:1]  # the post-processor puts BOS, if anything, in front
-        marked = first[0] if first and first[0] in special.values() else None
+        marked = special.get(_first_token(model))
         named = special.get(settings.tokens.get("bos_token", ""))
         self._model = model
         self._pieces = _PieceDecoder(model, path)
@@ -70,7 +70,7 @@ class _PieceDecoder:
     """
 
     def __init__(self, model: tokenizers.Tokenizer, path: Path) -> None:
-        steps = _flatten(json.loads(model.decoder.__getstate__())) if model.decoder is not None else []
+        steps = _steps(model.decoder, "decoders")
         kinds = [str(step["type"]) for step in steps]
         self.drops_space = False
         self._byte_level = byte_of_character() if "ByteLevel" in kinds else None
@@ -107,29 +107,66 @@ class _PieceDecoder:
         return piece.encode()
 
 
-def _load(data: bytes, path: Path) -> tokenizers.Tokenizer:
+def parse_hf_json(data: bytes, path: Path, settings: Settings) -> HuggingFaceTokenizer:
+    """Return the tokenizer in `data`. Raises `ModelFileError` naming `path` if it is damaged or not supported."""
     try:
-        model = tokenizers.Tokenizer.from_buffer(data)
-        added = model.get_added_tokens_decoder().values()
-        if any(token.special and token.normalized for token in added):
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{path}: no valid JSON: {error}; fetch it again") from error
+    return HuggingFaceTokenizer(content, path, settings)
+
+
+def _load(content: Any, path: Path) -> tokenizers.Tokenizer:
+    try:
+        _check_model(content["model"], path)
+        for token in content.get("added_tokens") or []:
             # Older files match special tokens after normalization, where "a</s>" has none: match them as written.
-            content = json.loads(data)
-            for token in content["added_tokens"]:
-                token["normalized"] = token["normalized"] and not token["special"]
-            model = tokenizers.Tokenizer.from_buffer(json.dumps(content).encode())
-    except ValueError as error:
-        raise ModelFileError(f"{path}: no valid tokenizer.json: {error}") from error
+            token["normalized"] = token["normalized"] and not token["special"]
+        model = tokenizers.Tokenizer.from_buffer(json.dumps(content).encode())
+    except ModelFileError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelFileError(f"{path}: no valid tokenizer.json: {type(error).__name__} {error}") from error
     model.no_truncation()
     model.no_padding()
     return model
+
+
+def _check_model(model: Any, path: Path) -> None:
+    """Refuse what the library would meet with a Rust panic, at worst with the end of the process."""
+    if model.get("type", "BPE") != "BPE":
+        raise ModelFileError(f"{path}: model {model['type']!r} is not supported, expected BPE")
+    for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(option):
+            raise ModelFileError(f"{path}: {option} {model[option]!r} is not supported")
+    vocabulary = model["vocab"]
+    unknown = model.get("unk_token")
+    if unknown is not None and unknown not in vocabulary:
+        raise ModelFileError(f"{path}: unk_token {unknown!r} is not in the vocabulary")
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+            raise ModelFileError(f"{path}: merge {merge!r} has parts or a result that are not in the vocabulary")
+
+
+def _first_token(model: tokenizers.Tokenizer) -> str:
+    """Return the special token that the post-processor puts in front of a text, or an empty string."""
+    for step in _steps(model.post_processor, "processors"):
+        match step:
+            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(text)}}, *_]}:
+                return text
+    return ""
 
 
 def _special(model: tokenizers.Tokenizer) -> dict[str, int]:
     return {added.content: token for token, added in model.get_added_tokens_decoder().items() if added.special}
 
 
-def _flatten(decoder: Mapping[str, object]) -> list[Mapping[str, object]]:
-    parts = decoder.get("decoders")
-    if isinstance(parts, list):
-        return [step for part in parts for step in _flatten(part)]
-    return [decoder]
+def _steps(component: Any, parts: str) -> list[Mapping[str, object]]:
+    """Return the settings of a component of the library, or of those in a `Sequence`, kept under the name `parts`."""
+    return [] if component is None else _flatten(json.loads(component.__getstate__()), parts)
+
+
+def _flatten(step: Mapping[str, object], parts: str) -> list[Mapping[str, object]]:
+    inner = step.get(parts)
+    return [deeper for part in inner for deeper in _flatten(part, parts)] if isinstance(inner, list) else [step]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastgen.errors import ModelFileError
 from fastgen.tokenizer.base import Tokenizer
-from fastgen.tokenizer.hf_json import HuggingFaceTokenizer
+from fastgen.tokenizer.hf_json import parse_hf_json
 from fastgen.tokenizer.llama2c_bin import looks_like_llama2c, parse_llama2c
 from fastgen.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from fastgen.tokenizer.settings import read_settings, read_whole
@@ -29,7 +29,7 @@ def open_tokenizer(path: Path, *, vocab_size: int | None = None) -> Tokenizer:
     settings = read_settings(file.parent)
     tokenizer: Tokenizer  # of one of the four formats below
     if data.lstrip()[:1] == b"{":
-        tokenizer = HuggingFaceTokenizer(data, file, settings)
+        tokenizer = parse_hf_json(data, file, settings)
     elif looks_like_ranks(data):
         tokenizer = TiktokenTokenizer(data, file, settings)
     elif looks_like_llama2c(data):

@@ -82,6 +82,7 @@ def limit(cpu_seconds: float, memory_bytes: int) -> None:
 
 
 def main() -> None:
+    """Answer the one request on stdin."""
     request = json.load(sys.stdin)
     limit(request["cpu_seconds"], request["memory_bytes"])
     try:

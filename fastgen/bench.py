@@ -1,0 +1,117 @@
+"""Decode speed, each mode beside its physical limit: `python -m fastgen.bench --shape llama-2-7b`.
+
+Prints a table; `--json` adds the records as the last line, `--output` writes them to a file.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastgen import cli
+from fastgen.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastgen.benchmark import Record
+    from fastgen.device import Placement
+    from fastgen.load import LoadedModel
+
+PROG = "fastgen.bench"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig(cli.ModelFlags, cli.OutputFlags):
+    """The flags of `fastgen.bench`."""
+
+    shape: tuple[str, ...] = cli.flag(
+        (), "a published shape, with random weights; several times", action="append", metavar="S"
+    )
+    modes: str = cli.flag("eager,compile", "what to measure, comma separated (default eager,compile)", metavar="MODES")
+    baseline: str | None = cli.flag(None, "also measure transformers", choices=("transformers",))
+    batch: int = cli.flag(1, "texts at a time", type=int, metavar="N")
+    prompt_tokens: int = cli.flag(5, "length of the prompt (default 5)", type=int, metavar="N")
+    new_tokens: int = cli.flag(200, "tokens to decode (default 200)", type=int, metavar="N")
+    repeats: int = cli.flag(5, "texts to time, after one that warms up (default 5)", type=int, metavar="N")
+    output: str | None = cli.flag(None, "write the records to this file as JSON", metavar="FILE")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    config = cli.parse(BenchConfig, argv, prog=PROG, description="Measure decode speed beside its limit.")
+    unknown = [mode for mode in config.modes.split(",") if mode not in ("eager", "compile")]
+    if unknown:
+        raise UsageError(f"--modes {config.modes}: {unknown[0]!r} is none of eager, compile")
+    if min(config.batch, config.prompt_tokens, config.repeats) < 1 or config.new_tokens < 2:
+        raise UsageError("--batch, --prompt-tokens and --repeats are at least 1, --new-tokens at least 2")
+    records: list[Record] = []
+    phases = cli.Phases()
+    for name in config.shape or (config.model,):
+        records += _measure(config, name, phases)
+    _show(config, records)
+    return 0
+
+
+def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> list["Record"]:
+    """Return the records of one model, every mode in turn."""
+    from fastgen.baseline import time_transformers
+    from fastgen.benchmark import Timing, record, time_engine
+    from fastgen.device import choose_placement
+    from fastgen.kernels.bandwidth import measure_read_bandwidth
+
+    placement = choose_placement(config.device, config.dtype)
+    limit = measure_read_bandwidth(placement.device)
+    with phases.phase("load", name):
+        model = _load(config, name, placement)
+    workload = {"prompt_tokens": config.prompt_tokens, "new_tokens": config.new_tokens}
+
+    def row(timing: Timing, system: str, mode: str) -> "Record":
+        return record(
+            model, timing, system=system, name=name, mode=mode, batch=config.batch, read_limit=limit, **workload
+        )
+
+    records = []
+    for mode in config.modes.split(","):
+        with phases.phase(mode, name):
+            timing = time_engine(
+                model, compile=mode == "compile", batch=config.batch, repeats=config.repeats, **workload
+            )
+        records.append(row(timing, "fastgen", mode))
+    if config.baseline and config.batch > 1:
+        raise UsageError("--baseline transformers: compared at --batch 1 only")
+    if config.baseline:
+        with phases.phase("baseline", "transformers"):
+            timing = time_transformers(model.config, placement, compiled=True, repeats=config.repeats, **workload)
+        records.append(row(timing, "transformers", "compile" if placement.device.type == "cuda" else "static cache"))
+    return records
+
+
+def _load(config: BenchConfig, name: str, placement: "Placement") -> "LoadedModel":
+    from fastgen.load import load_model, random_model
+    from fastgen.shapes import shape
+
+    if config.shape:
+        return random_model(shape(name), placement)
+    return load_model(name, tokenizer=config.tokenizer, device=config.device, dtype=config.dtype)
+
+
+def _show(config: BenchConfig, records: list["Record"]) -> None:
+    from fastgen.benchmark import table, to_json
+    from fastgen.report import SCHEMA_VERSION
+
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "command": PROG,
+        "config": dataclasses.asdict(config),
+        "records": to_json(records),
+    }
+    if config.output:
+        Path(config.output).write_text(json.dumps(document, indent=1) + "\n")
+    sys.stdout.write(table(records) + "\n")
+    if config.json:
+        sys.stdout.write(json.dumps(document) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, prog=PROG)

@@ -1,0 +1,1 @@
+"""Training: token data, objectives, the loop, and what a run leaves on disk."""

@@ -1,0 +1,32 @@
+"""The loss curve of a run, as a picture (the optional extra `plot`)."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from fastgen.errors import UsageError
+from fastgen.training.trainer import Validation
+
+
+def can_draw() -> bool:
+    """Return whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def draw_curve(path: Path, losses: Sequence[float], validations: Sequence[Validation], title: str) -> None:
+    """Write a PNG of the training loss by step, with the validation losses on it.
+
+    Raises `UsageError` without matplotlib.
+    """
+    if not can_draw():
+        raise UsageError("a loss curve needs matplotlib: pip install 'fastgen[plot]'")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, alpha=0.7, label="training")
+    axes.plot([entry.step for entry in validations], [entry.loss for entry in validations], "o-", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)

@@ -1,0 +1,135 @@
+"""Tokenizers for new models: a SentencePiece BPE model trained on a text, and the files that a folder needs.
+
+The model is of Llama 2's kind: BPE with byte fallback, digits alone, a space in front of a text, no normalization;
+ids 0, 1, 2 are <unk>, <s>, </s>. The same merges are written as a `tokenizer.json`, since transformers without
+protobuf reads no SentencePiece.
+"""
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers
+
+from fastgen.errors import ModelFileError, UsageError
+from fastgen.tokenizer.sentencepiece_model import SPACE
+from fastgen.tokenizer.settings import read_whole
+
+UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
+BYTES = 256  # pieces that byte fallback takes
+MAX_BYTES = 256 << 20
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""What makes up a tokenizer in a Hugging Face folder."""
+
+SETTINGS = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": BEGIN,
+    "eos_token": END,
+    "unk_token": UNKNOWN,
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "clean_up_tokenization_spaces": False,
+    "legacy": False,
+}
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int) -> dict[str, bytes]:
+    """Return the files of a SentencePiece BPE tokenizer of `vocab_size` pieces learned from `documents`.
+
+    Raises `UsageError` for a size that byte fallback or the text do not allow.
+    """
+    if vocab_size <= BYTES + len((UNKNOWN, BEGIN, END)):
+        raise UsageError(f"--train-tokenizer {vocab_size}: expected more than {BYTES + 3}, which bytes and marks take")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(documents), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, split_digits=True, character_coverage=1.0, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
+            max_sentence_length=1 << 20,
+        )  # fmt: skip
+    except RuntimeError as error:
+        limit = re.search(r"<= (\d+)", str(error))
+        advice = f"at most {limit[1]} are possible" if limit else "give more text"
+        raise UsageError(
+            f"--train-tokenizer {vocab_size}: the text is too short for so many pieces; {advice}"
+        ) from error
+    data = model.getvalue()
+    return {
+        "tokenizer.model": data,
+        "tokenizer.json": _as_json(data),
+        "tokenizer_config.json": json.dumps(SETTINGS, indent=2).encode() + b"\n",
+    }
+
+
+def tokenizer_files(source: Path) -> dict[str, bytes]:
+    """Return the tokenizer's files in the folder of a model, or beside and including a tokenizer's file.
+
+    Empty where the tokenizer is part of a file of another kind, such as GGUF.
+    """
+    folder = source if source.is_dir() else source.parent
+    names = FILES if source.is_dir() or source.name in FILES else ()
+    if source.is_file() and source.name in ("tokenizer.json", "tokenizer.model"):
+        names = tuple(name for name in names if name == source.name or not name.startswith("tokenizer."))
+    return {name: read_whole(folder / name, MAX_BYTES) for name in names if (folder / name).exists()}
+
+
+def write_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a tokenizer's files into the existing `folder`."""
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def _lines(documents: Sequence[str]) -> Iterator[str]:
+    """Yield the lines of all documents: a new line is always a token of its own, the byte's."""
+    for document in documents:
+        yield from (line for line in document.splitlines() if line)
+
+
+def _as_json(model: bytes) -> bytes:
+    """Return a `tokenizer.json` that encodes as the SentencePiece BPE `model` does."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocabulary = {pieces.id_to_piece(token): token for token in range(pieces.get_piece_size())}
+    fast = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=_merges(pieces), unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True)
+    )
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast.add_special_tokens([UNKNOWN, BEGIN, END])
+    fast.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, vocabulary[BEGIN])]
+    )
+    return fast.to_str(pretty=False).encode()
+
+
+def _merges(pieces: sentencepiece.SentencePieceProcessor) -> list[tuple[str, str]]:
+    """Return the merges in their order: every way to join two pieces into a third, best third first.
+
+    SentencePiece joins whatever gives the piece of the highest score, so a piece has a merge for each of its splits.
+    """
+    size = pieces.get_piece_size()
+    ordinary = {
+        pieces.id_to_piece(token): pieces.get_score(token)
+        for token in range(size)
+        if not (pieces.is_control(token) or pieces.is_unknown(token) or pieces.is_byte(token))
+    }
+    merges = []
+    for piece in sorted(ordinary, key=lambda piece: -ordinary[piece]):
+        splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+        merges += [pair for pair in splits if pair[0] in ordinary and pair[1] in ordinary]
+    if not merges:
+        raise ModelFileError("the tokenizer has learned no merges; give more text")
+    return merges

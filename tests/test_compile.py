@@ -1,0 +1,51 @@
+"""Compiled generation gives eager's tokens, and compiles nothing after its start, whatever comes."""
+
+import pytest
+
+from fastgen.completion import GenerationOptions
+from fastgen.engine import Engine
+from fastgen.naive import generate_naively
+from fastgen.sampling import SamplingOptions
+from tests.models import random_model
+from tests.test_engine import text_of
+
+FAMILIES = {
+    "llama": {},
+    "everything": {
+        "qkv_bias": True, "output_bias": True, "mlp_bias": True, "qk_norm": True, "windows": (5, 0), "head_dim": 16,
+        "tie_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_eager_and_naive_tokens_are_equal_and_nothing_recompiles(family: str) -> None:
+    model = random_model(max_seq_len=800, **FAMILIES[family])
+    compiled, greedy = Engine(model, compile=True), GenerationOptions(max_new_tokens=24, ignore_eos=True)
+    compiled.warm_up(greedy)
+    prompts = [text_of(length, length) for length in (7, 700, 1, 130)]
+    tokens = [compiled.generate([prompt], greedy)[0].tokens for prompt in prompts]
+    assert compiled.recompiles == 0
+    eager = Engine(model)
+    assert tokens == [eager.generate([prompt], greedy)[0].tokens for prompt in prompts]
+    assert list(tokens[0]) == generate_naively(model, prompts[0], 24, greedy.sampling)
+
+
+def test_sampled_rows_of_a_compiled_batch_equal_eager_single_rows() -> None:
+    model = random_model()
+    prompts = [text_of(3, 1), text_of(40, 2)]
+    sampling = SamplingOptions(temperature=0.9, top_k=40, top_p=0.9, repetition_penalty=1.1, seed=3)
+    options = GenerationOptions(max_new_tokens=20, ignore_eos=True, logprobs=True, sampling=sampling)
+    compiled = Engine(model, batch=2, compile=True)
+    compiled.warm_up(options)
+    together = compiled.generate(prompts, options)
+    for seed in (4, 5):
+        other = SamplingOptions(temperature=0.9, top_k=40, top_p=0.9, repetition_penalty=1.1, seed=seed)
+        compiled.generate(prompts, GenerationOptions(max_new_tokens=4, logprobs=True, sampling=other))
+    assert compiled.recompiles == 0, "a new seed is no new graph"
+    for row, prompt in enumerate(prompts):
+        streams: list = []
+        list(Engine(model).stream([prompt], options, streams=streams, samples=[row]))
+        alone = streams[0].completion()
+        assert together[row].tokens == alone.tokens
+        assert together[row].logprobs == pytest.approx(alone.logprobs, abs=1e-4)
