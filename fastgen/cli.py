@@ -106,6 +106,10 @@ UNBUILT = ("revision", "quant", "keep", "kv_cache", "draft", "speculate", "accep
 """Flags that exist from the start and are refused until what they name is built."""
 
 
+REPEATED = ("append", "extend")
+"""Actions of argparse whose flags are tuples."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and suggest the flag that was meant."""
 
@@ -128,7 +132,7 @@ def parse(config: type[Config], argv: Sequence[str] | None, *, prog: str, descri
             options.setdefault("type", type(options["choices"][0]))
         elif entry.type is bool:
             options.setdefault("action", "store_true")
-        if options.get("action") == "append":
+        if options.get("action") in REPEATED:
             options["default"] = None
         parser.add_argument(*names, dest=entry.name, **options)
         if entry.metadata["negation"]:
@@ -143,7 +147,7 @@ def parse(config: type[Config], argv: Sequence[str] | None, *, prog: str, descri
         if values.get(name) not in (None, False):
             parser.error(f"--{name.replace('_', '-')}: not built yet; leave it out")
     for entry in dataclasses.fields(config):  # type: ignore[arg-type]
-        if entry.metadata["argparse"].get("action") == "append":
+        if entry.metadata["argparse"].get("action") in REPEATED:
             values[entry.name] = tuple(values[entry.name] or ())
     return config(**values)
 

@@ -4,6 +4,7 @@
 that may turn out to be the beginning of a stop string.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -61,21 +62,42 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
     """
     if tokenizer.chat_template is None:
         raise UsageError("--chat: this model has no chat template; use it without, or choose a chat model")
+    # What a person writes must not turn into special tokens: their texts take the place of private characters while
+    # the template is rendered, and are encoded as ordinary text.
+    hidden = {chr(0xF0000 + at): special for at, special in enumerate(tokenizer.special)}
+    quoted = [message | {"content": _hide(message["content"], hidden)} for message in map(dict, messages)]
     text = render_chat(
-        tokenizer.chat_template, messages, special_tokens=tokenizer.template_tokens, add_generation_prompt=True
+        tokenizer.chat_template, quoted, special_tokens=tokenizer.template_tokens, add_generation_prompt=True
     )
-    # Templates write the beginning-of-sequence token themselves where the model wants one.
-    return tokenizer.encode(text, bos=False, parse_special=True)
+    ids: list[int] = []
+    for part in re.split("([\U000f0000-\U000fffff])", text):
+        # Templates write the beginning-of-sequence token themselves where the model wants one.
+        ids += tokenizer.encode(hidden.get(part, part), bos=False, parse_special=part not in hidden)
+    return ids
+
+
+def _hide(content: str, hidden: Mapping[str, str]) -> str:
+    for character, special in hidden.items():
+        content = content.replace(special, character)
+    return content
 
 
 class TextStream:
     """The text of one row as its tokens arrive."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], options: GenerationOptions, *, room: int) -> None:
-        """`room` is how many tokens fit behind the prompt."""
-        self._decoder = tokenizer.incremental(continues=bool(prompt))
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        options: GenerationOptions,
+        *,
+        room: int,
+        stop_ids: frozenset[int],
+    ) -> None:
+        """`room` is how many tokens fit behind the prompt; `stop_ids` end a text unless `options.ignore_eos`."""
+        self._decoder = tokenizer.incremental(continues=any(token != tokenizer.bos_id for token in prompt))
         self._vocab_size = tokenizer.vocab_size
-        self._stop_ids = frozenset() if options.ignore_eos else tokenizer.stop_ids
+        self._stop_ids = frozenset() if options.ignore_eos else stop_ids
         self._stop = options.stop
         self._limit = min(options.max_new_tokens, room)
         self._held = ""

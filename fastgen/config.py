@@ -10,8 +10,12 @@ d `head_dim`, F `hidden_dim`, V `vocab_size`):
 """
 
 from dataclasses import dataclass, field
+from math import inf
 
 from fastgen.errors import ModelFileError
+
+MAX_LAYERS = 4096
+"""Far above any model; keeps a damaged header from asking for gigabytes of per-layer settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "dynamic", "yarn", "llama3"):
             raise ModelFileError(f"rope scaling {self.kind!r} is not supported: linear, dynamic, yarn or llama3")
-        if self.factor < 1 or self.original_max_seq_len < 1:
+        if not 1 <= self.factor < inf or self.original_max_seq_len < 1:
             raise ModelFileError(
                 f"rope scaling {self.kind!r}: factor {self.factor} and original length "
                 f"{self.original_max_seq_len} must be at least 1"
@@ -87,15 +91,17 @@ class ModelConfig:
         for name in sizes:
             if not 1 <= getattr(self, name) <= 2**31 - 1:
                 raise ModelFileError(f"model config: {name} is {getattr(self, name)}, expected a positive size")
+        if self.n_layers > MAX_LAYERS:
+            raise ModelFileError(f"model config: n_layers is {self.n_layers}, expected at most {MAX_LAYERS}")
         if self.n_heads % self.n_kv_heads:
             raise ModelFileError(
                 f"model config: {self.n_heads} attention heads are not a multiple of {self.n_kv_heads} KV heads"
             )
         if self.head_dim % 2:
             raise ModelFileError(f"model config: head_dim {self.head_dim} is odd; RoPE rotates pairs")
-        if not 0 < self.norm_eps < 1 or not self.rope_theta > 0:
+        if not 0 < self.norm_eps < 1 or not 1 < self.rope_theta < inf:
             raise ModelFileError(
-                f"model config: norm_eps {self.norm_eps} must lie between 0 and 1, rope_theta {self.rope_theta} above 0"
+                f"model config: norm_eps {self.norm_eps} must lie between 0 and 1, rope_theta {self.rope_theta} above 1"
             )
         if self.windows and (len(self.windows) != self.n_layers or min(self.windows) < 0):
             raise ModelFileError(

@@ -136,7 +136,12 @@ class Engine:
         encode = self.model.tokenizer.encode
         ids = [encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         self._check(ids)
-        rows = [TextStream(self.model.tokenizer, row, options, room=self.max_seq_len - len(row)) for row in ids]
+        rows = [
+            TextStream(
+                self.model.tokenizer, row, options, room=self.max_seq_len - len(row), stop_ids=self.model.stop_ids
+            )
+            for row in ids
+        ]
         if streams is not None:
             streams.extend(rows)
         for tokens, logprobs in self.tokens(ids, options, samples=samples or range(len(ids))):

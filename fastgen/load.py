@@ -37,7 +37,13 @@ class LoadedModel:
 
     @property
     def config(self) -> ModelConfig:
+        """What the model is."""
         return self.transformer.config
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a text, by the model's metadata or its vocabulary's."""
+        return self.tokenizer.stop_ids | set(self.config.eos_token_ids)
 
 
 def load_model(

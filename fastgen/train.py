@@ -18,10 +18,19 @@ from fastgen import cli
 from fastgen.errors import FastgenError, UsageError
 
 if TYPE_CHECKING:
-    from fastgen.training.setup import Run
+    from rich.progress import Progress, TaskID
+
+    from fastgen.model import Transformer
+    from fastgen.tokenizer.base import Tokenizer
+    from fastgen.training.ranks import Ranks
+    from fastgen.training.run import Run
+    from fastgen.training.trainer import TrainingOptions
 
 PROG = "fastgen.train"
 STRETCH = 10  # steps between two looks at the losses
+
+SOURCES = ("text", "tokens", "tokenizer", "train_tokenizer", "shape", "config", "init_from", "distill_from", "dtype")
+"""Flags that a run's losses depend on beside the training options; a resumed run must be given the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +39,10 @@ class TrainConfig(cli.ComputeFlags, cli.TokenizerFlags, cli.SeedFlags, cli.Outpu
 
     out: str | None = cli.flag(None, "the folder to write, a Hugging Face model", metavar="DIR")
     resume: bool = cli.flag(False, "go on with the unfinished run in --out")
-    text: list[str] | None = cli.flag(
-        None, "UTF-8 files to learn from; lines of <|endoftext|> divide documents", nargs="+", metavar="FILE"
-    )
+    text: tuple[str, ...] = cli.flag(
+        (), "UTF-8 files to learn from; lines of <|endoftext|> divide documents", action="extend", nargs="+",
+        metavar="FILE",
+    )  # fmt: skip
     tokens: str | None = cli.flag(None, "instead of --text: a token file of llm.c (uint16)", metavar="BIN")
     save_tokens: str | None = cli.flag(None, "write the text's tokens to a token file of llm.c", metavar="BIN")
     train_tokenizer: int | None = cli.flag(
@@ -77,16 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse(TrainConfig, argv, prog=PROG, description="Train a small LLaMA from a text.")
     _check(config)
     from fastgen.training.ranks import joined_ranks
-    from fastgen.training.setup import prepare
 
     with joined_ranks(config.device) as (ranks, device):
-        run = prepare(dataclasses.replace(config, device=device), ranks)
+        run = _prepare(config, ranks, device)
         with _meter(config, leads=ranks.leads) as meter:
             meter.note(run.describe())
             _train(config, run, meter)
         if config.json and ranks.leads:
-            document = {"command": PROG, "config": dataclasses.asdict(config), **run.document()}
-            sys.stdout.write(json.dumps(document) + "\n")
+            sys.stdout.write(json.dumps(_document(config, run)) + "\n")
     return 0
 
 
@@ -94,9 +102,9 @@ def _check(config: TrainConfig) -> None:
     """Raise `UsageError` for flags that contradict each other, before anything is imported or read."""
     if config.out is None:
         raise UsageError("--out DIR is missing: where to write the model")
-    if (config.text is None) == (config.tokens is None):
+    if bool(config.text) == (config.tokens is not None):
         raise UsageError("expected either --text FILE... or --tokens BIN, to learn from")
-    if config.text is None and (config.train_tokenizer is not None or config.save_tokens is not None):
+    if not config.text and (config.train_tokenizer is not None or config.save_tokens is not None):
         raise UsageError("--train-tokenizer and --save-tokens need a --text")
     if config.train_tokenizer is not None and config.tokenizer is not None:
         raise UsageError("--train-tokenizer and --tokenizer name two tokenizers; give one")
@@ -109,6 +117,81 @@ def _check(config: TrainConfig) -> None:
     for name in ("validate_every", "save_every", "sample_every"):
         if getattr(config, name) < (0 if name == "sample_every" else 1):
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected a number of steps")
+
+
+def _prepare(config: TrainConfig, ranks: "Ranks", device: str | None) -> "Run":
+    from fastgen.device import choose_placement
+    from fastgen.training import sources
+    from fastgen.training.run import Run
+    from fastgen.training.run_folder import RunFolder, check_new
+    from fastgen.training.trainer import Trainer
+
+    out = Path(str(config.out))
+    if not config.resume:
+        check_new(out)
+    options = _options(config)
+    placement = choose_placement(device, config.dtype)
+    teacher = sources.load_teacher(config.distill_from, placement) if config.distill_from else None
+    start = sources.load_start(config.init_from, placement) if config.init_from else None
+    documents = sources.read_texts(config.text)
+    vocabulary = sources.open_vocabulary(
+        documents, train=config.train_tokenizer, path=config.tokenizer, models=[m for m in (start, teacher) if m]
+    )
+    model = start.transformer if start else _new_model(config, vocabulary.tokenizer).to(placement.device)
+    sources.check_fit(model.config, vocabulary.tokenizer, config.context, teacher.transformer if teacher else None)
+    data = sources.load_tokens(
+        documents, config.tokens, vocabulary.tokenizer, vocab_size=model.config.vocab_size,
+        share=config.validation, context=config.context, keep=config.save_tokens if ranks.leads else None,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, data, options, placement, teacher=teacher.transformer if teacher else None, ranks=ranks,
+        compile=config.compile,
+    )  # fmt: skip
+    settings = dataclasses.asdict(options) | {name: getattr(config, name) for name in SOURCES}
+    run = Run(
+        trainer, RunFolder(out, settings, vocabulary.files, placement.dtype), data, placement, vocabulary.tokenizer
+    )
+    if config.resume:
+        run.resume()
+    return run
+
+
+def _options(config: TrainConfig) -> "TrainingOptions":
+    from fastgen.training.trainer import TrainingOptions
+
+    names = [entry.name for entry in dataclasses.fields(TrainingOptions)]
+    return TrainingOptions(**{name: getattr(config, name) for name in names})
+
+
+def _new_model(config: TrainConfig, tokenizer: "Tokenizer | None") -> "Transformer":
+    from fastgen.training import shape, sources
+
+    if config.config is not None:
+        described = sources.read_model_config(config.config)
+    else:
+        words = config.shape or shape.DEFAULT_SHAPE
+        vocab_size = tokenizer.vocab_size if tokenizer else None
+        described = shape.parse_shape(words, vocab_size=vocab_size, context=config.context)
+    if tokenizer is not None:
+        described = shape.with_marks(described, tokenizer.bos_id, tokenizer.stop_ids)
+    return shape.new_model(described, config.seed)
+
+
+def _document(config: TrainConfig, run: "Run") -> dict[str, object]:
+    from fastgen import report
+    from fastgen.device import describe
+
+    device = run.placement.device
+    return {
+        "schema_version": report.SCHEMA_VERSION,
+        "command": PROG,
+        "config": dataclasses.asdict(config),
+        "device": describe(device),
+        "processes": run.trainer.ranks.world,
+        "versions": report.versions(),
+        "peak_memory_bytes": report.peak_memory(device),
+        **run.document(),
+    }
 
 
 def _train(config: TrainConfig, run: "Run", meter: Meter) -> None:
@@ -186,7 +269,7 @@ class _Lines(_Silent):
 class _Bar(_Silent):
     """A progress bar of rich, with lines above it."""
 
-    def __init__(self, bar: "Progress", task: "TaskID") -> None:  # noqa: F821
+    def __init__(self, bar: "Progress", task: "TaskID") -> None:
         self._bar, self._task = bar, task
 
     def update(self, step: int, figures: str) -> None:

@@ -45,7 +45,7 @@ def save_hf(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dt
     write_json(folder / "config.json", hf_config(config, dtype))
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
     write_json(folder / "generation_config.json", {name: value for name, value in tokens.items() if value is not None})
-    foreign = {}
+    foreign: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name != "lm_head.weight" or not config.tie_embeddings:
             # A copy of its own for each part: safetensors refuses tensors that share memory.

@@ -20,7 +20,7 @@ def draw_curve(path: Path, losses: Sequence[float], validations: Sequence[Valida
     """
     if not can_draw():
         raise UsageError("a loss curve needs matplotlib: pip install 'fastgen[plot]'")
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # noqa: PLC0415  (an optional extra)
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

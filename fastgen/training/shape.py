@@ -7,7 +7,6 @@ import torch
 from fastgen.config import ModelConfig
 from fastgen.errors import UsageError
 from fastgen.kernels.causal import CausalStages
-from fastgen.load import LoadedModel
 from fastgen.model import Transformer
 from fastgen.shapes import shape
 
@@ -31,8 +30,9 @@ HIDDEN_MULTIPLE = 32
 def parse_shape(text: str, *, vocab_size: int | None, context: int) -> ModelConfig:
     """Return the config of a shape such as `dim=256,layers=5,heads=8,kv-heads=4,hidden=768`, or of a published one.
 
-    A published shape (`fastgen.shapes`) takes the tokenizer's vocabulary, too. What is left out: as many key/value heads as heads, heads that fill the width, a hidden width of 8/3 dim rounded
-    up to a multiple of 32, tied embeddings (`tied=0` unties them), the tokenizer's vocabulary.
+    A published shape (`fastgen.shapes`) takes the tokenizer's vocabulary, too. What is left out:
+    as many key/value heads as heads, heads that fill the width, a hidden width of 8/3 dim rounded up to a multiple of
+    32, tied embeddings (`tied=0` unties them), the tokenizer's vocabulary.
 
     Raises `UsageError` for a word that is no field or no number, and for a missing one.
     """
@@ -54,13 +54,17 @@ def parse_shape(text: str, *, vocab_size: int | None, context: int) -> ModelConf
     dim, heads = given["dim"], given["n_heads"]
     if "head_dim" not in given and dim % heads:
         raise UsageError(f"--shape {text}: dim {dim} is not a multiple of {heads} heads; change one, or give head-dim")
-    defaults = {
-        "n_kv_heads": heads,
-        "head_dim": dim // heads,
-        "hidden_dim": -(-8 * dim // (3 * HIDDEN_MULTIPLE)) * HIDDEN_MULTIPLE,
-    }
-    tied = bool(given.pop("tie_embeddings", 1))
-    return ModelConfig(**(defaults | given | {"vocab_size": size}), max_seq_len=context, tie_embeddings=tied)
+    return ModelConfig(
+        dim=dim,
+        n_layers=given["n_layers"],
+        n_heads=heads,
+        n_kv_heads=given.get("n_kv_heads", heads),
+        head_dim=given.get("head_dim", dim // heads),
+        hidden_dim=given.get("hidden_dim", -(-8 * dim // (3 * HIDDEN_MULTIPLE)) * HIDDEN_MULTIPLE),
+        vocab_size=size,
+        max_seq_len=context,
+        tie_embeddings=bool(given.get("tie_embeddings", 1)),
+    )
 
 
 def with_marks(config: ModelConfig, bos: int | None, eos: frozenset[int]) -> ModelConfig:
@@ -86,9 +90,3 @@ def new_model(config: ModelConfig, seed: int) -> Transformer:
                 additions = 2 * config.n_layers if ".wo." in name or ".w_down." in name else 1
                 parameter.normal_(0.0, INIT_STD * additions**-0.5, generator=generator)
     return model.requires_grad_(True)
-
-
-def trainable(loaded: LoadedModel) -> Transformer:
-    """Return the model of a checkpoint, loaded in fp32, ready to be trained on."""
-    loaded.transformer.stages = CausalStages(loaded.config.n_kv_heads)
-    return loaded.transformer.requires_grad_(True).train()

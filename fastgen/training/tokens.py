@@ -21,7 +21,8 @@ from fastgen.files import RandomAccessFile
 from fastgen.staged import staged_file
 from fastgen.tokenizer.base import Tokenizer
 
-Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
+Tokens = npt.NDArray[np.integer]
+"""One dimension; uint16 where the vocabulary allows, else int32."""
 
 SEPARATOR = "<|endoftext|>"
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
@@ -54,8 +55,8 @@ def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> Tokens:
     """Return all documents as one array of tokens, uint16 where the vocabulary allows."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    arrays = [np.array(tokenizer.encode(document) + end, dtype=dtype) for document in documents]
-    return np.concatenate(arrays) if arrays else np.empty(0, dtype)
+    arrays: list[Tokens] = [np.array(tokenizer.encode(document) + end, dtype=dtype) for document in documents]
+    return np.concatenate([np.empty(0, dtype), *arrays])
 
 
 def read_token_file(path: Path) -> Tokens:

@@ -23,9 +23,9 @@ UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 BYTES = 256  # pieces that byte fallback takes
 MAX_BYTES = 256 << 20
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
+    *VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -79,9 +79,9 @@ def tokenizer_files(source: Path) -> dict[str, bytes]:
     Empty where the tokenizer is part of a file of another kind, such as GGUF.
     """
     folder = source if source.is_dir() else source.parent
-    names = FILES if source.is_dir() or source.name in FILES else ()
-    if source.is_file() and source.name in ("tokenizer.json", "tokenizer.model"):
-        names = tuple(name for name in names if name == source.name or not name.startswith("tokenizer."))
+    names: tuple[str, ...] = FILES if source.is_dir() else ()
+    if source.name in VOCABULARIES:
+        names = (source.name, *(name for name in FILES if name not in VOCABULARIES))
     return {name: read_whole(folder / name, MAX_BYTES) for name in names if (folder / name).exists()}
 
 
