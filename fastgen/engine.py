@@ -70,17 +70,19 @@ class Engine:
         self.max_seq_len = max_seq_len or min(limit, DEFAULT_MAX_SEQ_LEN)
         self.device = model.placement.device
         self.timings = Timings()
-        # A padded last chunk writes up to CHUNKS[-1] - 1 positions behind the prompt.
-        self._capacity = -(-self.max_seq_len // CHUNKS[-1]) * CHUNKS[-1] + CHUNKS[-1]
+        # A padded last chunk reaches up to CHUNKS[-1] - 1 positions behind the prompt. The cache is a little longer
+        # still: reading all of it would be a special case to the compiler, and so another graph.
+        self._reach = -(-self.max_seq_len // CHUNKS[-1]) * CHUNKS[-1] + CHUNKS[-1]
+        capacity = self._reach + CHUNKS[-1]
         try:
-            model.transformer.allocate_cache(batch, self._capacity)
+            model.transformer.allocate_cache(batch, capacity)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            need = model.transformer.kv_bytes(self._capacity) * batch / 1e9
+            need = model.transformer.kv_bytes(capacity) * batch / 1e9
             raise CapacityError(
                 f"a KV cache of {batch} x {self.max_seq_len} tokens needs {need:.1f} GB on {self.device}, "
                 "which is not free\nUse a smaller --max-seq-len"
             ) from error
-        self._steps = Steps(model.transformer, self._capacity, compiled=compile)
+        self._steps = Steps(model.transformer, self._reach, compiled=compile)
         self._texts: list[list[int]] = []  # tokens of each row; the cache holds all but perhaps the last
         self._warm_compilations = 0
 
@@ -94,7 +96,7 @@ class Engine:
         if not self._steps.compiled:
             return
         options = options or GenerationOptions()
-        widths = [width for width in CHUNKS if width < self._capacity] if self._steps.on_gpu else CHUNKS[-1:]
+        widths = [width for width in CHUNKS if width < self._reach] if self._steps.on_gpu else CHUNKS[-1:]
         bounds = self._steps.bounds() if self._steps.on_gpu else [CHUNKS[-1] + 1, CHUNKS[-1] + 2]
         jobs = [(width, bound) for bound in bounds for width in (*widths, 1) if width <= bound]
         for done, (width, bound) in enumerate(jobs):
@@ -186,13 +188,13 @@ class Engine:
                 for text, token in zip(self._texts, step.tokens, strict=True):
                     text.append(token)
                 yield step
-            filled = min(filled + 1, self._capacity)
+            filled = min(filled + 1, self._reach)
             choice = self._steps.decode(choice.token, position, filled, *noise, logprobs=options.logprobs)
-            position = (position + 1).clamp(max=self._capacity - 1)
+            position = (position + 1).clamp(max=self._reach - 1)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int, lengths: Tensor) -> Tensor:
         """Fill the cache from position `first` on; returns the hidden state [B, D] of every prompt's last token."""
-        padded = torch.zeros(len(prompts), self._capacity, dtype=torch.int64)
+        padded = torch.zeros(len(prompts), self._reach, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = torch.tensor(prompt)
         padded = padded.to(self.device)

@@ -78,13 +78,14 @@ def chunks(start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 class Steps:
-    """Runs the steps of one model against its cache of `capacity` positions."""
+    """Runs the steps of one model; `reach` is the number of positions that any step may read, less than its cache
+    holds."""
 
-    def __init__(self, model: Transformer, capacity: int, *, compiled: bool) -> None:
+    def __init__(self, model: Transformer, reach: int, *, compiled: bool) -> None:
         self.model = model
         self.compiled = compiled
         self.on_gpu = model.embedding.weight.is_cuda
-        self._positions = torch.arange(capacity, device=model.embedding.weight.device)
+        self._positions = torch.arange(reach, device=model.embedding.weight.device)
         self._prefill: Callable[..., Tensor] = prefill
         self._decode: Callable[..., Choice] = decode_one_token
         model.by_region = compiled and not self.on_gpu
@@ -127,9 +128,9 @@ class Steps:
 
     def bounds(self) -> list[int]:
         """Return every number of positions that a CUDA graph may read."""
-        capacity = self._positions.shape[0]
-        powers = [SMALLEST_BOUND << power for power in range(32) if SMALLEST_BOUND << power < capacity]
-        return [*powers, capacity]
+        reach = self._positions.shape[0]
+        powers = [SMALLEST_BOUND << power for power in range(32) if SMALLEST_BOUND << power < reach]
+        return [*powers, reach]
 
     def _keys(self, filled: int) -> Tensor:
         if self.compiled and self.on_gpu:

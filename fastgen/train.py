@@ -204,11 +204,11 @@ def _train(config: TrainConfig, run: "Run", meter: Meter) -> None:
             if trainer.step == config.steps or trainer.step % config.validate_every == 0:
                 meter.note(run.validate())
             if config.sample_every and trainer.step % config.sample_every == 0:
-                meter.note(run.sample())
+                meter.note(f"step {trainer.step} writes: {run.sample()}")
             if trainer.step < config.steps and trainer.step % config.save_every == 0:
                 run.save(finished=False)
         run.save(finished=True)
-        meter.note(run.sample())
+        meter.note(f"saved in {config.out}; it writes: {run.sample()}")
     except KeyboardInterrupt:
         meter.note(f"interrupted at step {trainer.step}; {run.what_is_saved()}")
         raise
@@ -262,7 +262,7 @@ class _Lines(_Silent):
             self.note(f"step {step}/{self._steps}  {figures}")
 
     def note(self, text: str) -> None:
-        sys.stderr.write(f"{text}\n" if text else "")
+        sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
 
 
@@ -276,8 +276,7 @@ class _Bar(_Silent):
         self._bar.update(self._task, completed=step, description=figures)
 
     def note(self, text: str) -> None:
-        if text:
-            self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(text, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

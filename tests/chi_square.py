@@ -29,5 +29,7 @@ def joint_counts(first: Tensor, second: Tensor, size: int) -> Tensor:
 
 
 def _survival(statistic: Tensor, degrees: int) -> float:
+    if degrees == 0:
+        return 1.0  # one possible outcome, and it is the one that occurred
     half = torch.tensor(degrees / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(half, statistic / 2))

@@ -57,6 +57,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Write a safetensors file of CPU tensors; raises `CapacityError` where the library cannot."""
     try:
         save_file(dict(tensors), path, metadata=dict(metadata))
+        path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes files that only the owner reads
     except SafetensorError as error:  # its only cause with sound tensors is the file system
         raise CapacityError(
             f"{path.name}: cannot be written: {error}; what was there before is untouched\n"

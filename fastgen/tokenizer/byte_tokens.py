@@ -1,12 +1,12 @@
 """A tokenizer without a vocabulary: bytes are tokens. For models with random weights, in benchmarks and tests."""
 
-from fastgen.tokenizer.base import Tokenizer
+from fastgen.tokenizer.base import SegmentedTokenizer
 from fastgen.tokenizer.settings import Settings
 
 BOS, EOS = 256, 257
 
 
-class ByteTokenizer(Tokenizer):
+class ByteTokenizer(SegmentedTokenizer):
     """Bytes are tokens 0 .. 255; 256 begins a text, 257 ends it."""
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class ByteTokenizer(Tokenizer):
             settings=Settings(),
         )
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
+    def _encode_ordinary(self, text: str) -> list[int]:
         return list(text.encode())
 
     def _token_bytes(self, token: int) -> bytes:

@@ -65,8 +65,7 @@ class Run:
         """Return what the model writes now, "" where it has no tokenizer."""
         if self.tokenizer is None or not self.trainer.ranks.leads:
             return ""
-        text = sample_text(self.trainer.model, self.tokenizer, self.trainer.options.seed)
-        return f"sample: {text}" if text else ""
+        return sample_text(self.trainer.model, self.tokenizer, self.trainer.options.seed)
 
     def tokens_per_second(self) -> float | None:
         """Return the speed of training, over all processes, without the first stretch; None before there is one."""
