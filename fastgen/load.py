@@ -76,6 +76,8 @@ def random_model(config: ModelConfig, placement: Placement, *, seed: int = 0) ->
     with torch.device("meta"):
         transformer = Transformer(config).to(placement.dtype)
     transformer = transformer.to_empty(device=placement.device)
+    if config.tie_embeddings:
+        transformer.lm_head.weight = transformer.embedding.weight
     generator = torch.Generator(placement.device).manual_seed(seed)
     for name, parameter in transformer.named_parameters():
         if "norm" in name:

@@ -21,7 +21,8 @@ from fastgen.noise import NoiseKey, gumbel
 INVALID_TOKEN = -1
 """Stands for a token where the logits name none: there is a NaN or +inf among them, or all are -inf."""
 
-PROBABILITY_UNITS = 2**40  # of top-p's integer sums: as fine as fp32 for every probability above 2^-17
+WEIGHT_UNITS = 2**40
+"""What the most likely token weighs in the integer sums of top-p: 2^22 tokens fit, and 1e-12 of it still counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +92,14 @@ def _remove_below(scores: Tensor, threshold: Tensor | float) -> Tensor:
 def _top_p_threshold(scores: Tensor, top_p: float) -> Tensor:
     """Return [..., 1], the least score of the fewest most likely tokens whose probabilities reach `top_p`.
 
-    Probabilities are added up as integers: a sum of floats depends on its order, CUDA's cumsum does not fix one
-    (see torch.use_deterministic_algorithms), and the same seed would now and then give another text.
+    Weights are added up as integers: a sum of floats depends on its order, CUDA's cumsum does not fix one (see
+    torch.use_deterministic_algorithms), and the same seed would now and then give another text.
     """
     ascending = scores.sort(-1).values
-    units = (ascending.softmax(-1) * PROBABILITY_UNITS).round().long()
-    removed = (units.cumsum(-1) <= int((1 - top_p) * PROBABILITY_UNITS)).sum(-1, keepdim=True)
+    # The largest score is 0, so exp does instead of softmax, whose division would end in the same kernel as the sum:
+    # Inductor of torch 2.11 fails on that (https://github.com/pytorch/pytorch/issues/180221).
+    below = (ascending.exp() * WEIGHT_UNITS).round().long().cumsum(-1).double()
+    removed = (below <= below[..., -1:] * (1 - top_p)).sum(-1, keepdim=True)
     return ascending.gather(-1, removed.clamp(max=scores.shape[-1] - 1))
 
 
@@ -124,9 +127,14 @@ def best_token(scores: Tensor) -> Tensor:
     Without a finite maximum it is `INVALID_TOKEN`, so that a broken model does not pass for a confident one:
     nothing can be raised on the device. Who reads the tokens raises; who feeds them back clamps them to 0 first.
     """
-    # torch.max promises the first of equal maxima, and NaN is the largest value to it.
-    value, token = scores.max(-1)
-    return torch.where(value.isfinite(), token, INVALID_TOKEN)
+    # torch.max promises the first of equal maxima, and NaN is the largest value to it. Inductor gives an argmax over a
+    # whole row to a single thread block, whatever is fused into it; blocks of the vocabulary take a GPU BLOCKS.
+    vocab = scores.shape[-1]
+    block = min(vocab & -vocab, 1024)  # the largest power of two that divides the row
+    value, within = scores.unflatten(-1, (-1, block)).max(-1)
+    value, which = value.max(-1, keepdim=True)
+    token = which * block + within.gather(-1, which)
+    return torch.where(value.isfinite(), token, INVALID_TOKEN)[..., 0]
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:

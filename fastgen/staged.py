@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 from fastgen.errors import CapacityError, UsageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -97,8 +95,18 @@ def _remove_leftovers(target: Path) -> None:
     pattern = re.compile(re.escape(f".{target.name}.partial-") + r"(\d+)(-old)?")
     for path in target.parent.iterdir():
         found = pattern.fullmatch(path.name)
-        if found and not psutil.pid_exists(int(found[1])):
+        if found and not _is_alive(int(found[1])):
             _remove(path)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _remove(path: Path) -> None:

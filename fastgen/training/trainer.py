@@ -221,7 +221,7 @@ class Trainer:
         if compile:
             objective.compile(dynamic=False)
         if self.ranks.world > 1:
-            objective = DistributedDataParallel(objective, broadcast_buffers=False)
+            objective = DistributedDataParallel(objective)
         return objective
 
     def _precision(self) -> AbstractContextManager[object]:

@@ -33,14 +33,13 @@ FILES = (
 """What makes up a tokenizer in a Hugging Face folder."""
 
 SETTINGS = {
-    "tokenizer_class": "LlamaTokenizer",
+    "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": BEGIN,
     "eos_token": END,
     "unk_token": UNKNOWN,
     "add_bos_token": True,
     "add_eos_token": False,
     "clean_up_tokenization_spaces": False,
-    "legacy": False,
 }
 
 
