@@ -95,6 +95,13 @@ class SamplingFlags(SeedFlags):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatFlags:
+    """What a conversation begins with."""
+
+    system: str | None = flag(None, "the system message of a chat", metavar="TEXT")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputFlags:
     """What a command prints."""
 

@@ -3,6 +3,7 @@
 The text goes to stdout, phases and figures to stderr. Works with no argument at all.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -24,17 +25,17 @@ COMPILE_HINT = "(first run 20 to 60 s, later a few)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(cli.ModelFlags, cli.SpeculationFlags, cli.SamplingFlags, cli.OutputFlags):
+class GenerateConfig(cli.ModelFlags, cli.SpeculationFlags, cli.SamplingFlags, cli.ChatFlags, cli.OutputFlags):
     """The flags of `fastgen.generate`."""
 
     prompt: str = cli.flag("Once upon a time", "the text to continue; - reads stdin", metavar="TEXT")
     prompt_file: str | None = cli.flag(None, "a file with the text to continue", metavar="FILE")
     chat: bool = cli.flag(False, "the prompt is a message: put it into the model's chat template")
-    system: str | None = cli.flag(None, "with --chat: the system message", metavar="TEXT")
     num_samples: int = cli.flag(1, "texts to generate (with a --temperature they differ)", type=int, metavar="N")
     ignore_eos: bool = cli.flag(False, "go on past the model's end-of-text tokens")
     echo: bool = cli.flag(False, "print the prompt before the text")
     stream: bool = cli.flag(True, "print the text as it comes (default)", negation="no-stream")
+    profile: str | None = cli.flag(None, "write a trace of the generation, for ui.perfetto.dev", metavar="FILE")
     interactive: bool = cli.flag(False, "gpt-fast's name for a chat")
 
 
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.compile:
         with phases.phase("compile", COMPILE_HINT) as advance:
             engine.warm_up(options, advance)
-    completions, interrupted = _generate(engine, config, options, tokens, prompt)
+    with _profile(config.profile):
+        completions, interrupted = _generate(engine, config, options, tokens, prompt)
     metrics = _measure(engine, completions, phases)
     _report(model, config, prompt, completions, metrics)
     if config.fail_on_recompile and engine.recompiles:
@@ -157,6 +159,12 @@ def _generate(
             sys.stdout.write(f"{title}{prompt if config.echo else ''}{completion.text}\n")
     sys.stdout.flush()
     return completions, interrupted
+
+
+def _profile(path: str | None) -> contextlib.AbstractContextManager[None]:
+    from fastgen.report import profile
+
+    return profile(Path(path)) if path else contextlib.nullcontext()
 
 
 def _measure(engine: "Engine", completions: list["Completion"], phases: cli.Phases) -> "Metrics":

@@ -9,6 +9,8 @@ import platform
 import resource
 import statistics
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 
 from fastgen.device import describe
 from fastgen.engine import Engine
+from fastgen.errors import UsageError
 from fastgen.kernels.bandwidth import measure_read_bandwidth
 from fastgen.load import LoadedModel
 
@@ -135,6 +138,17 @@ def summary(model: LoadedModel, metrics: Metrics) -> str:
         lines.append(f"compile    {metrics.compile_seconds:.1f} s; {metrics.recompiles} recompiles after the start")
     lines.append(f"memory     {metrics.peak_memory_bytes / 1e9:.2f} GB peak")
     return "\n".join(lines)
+
+
+@contextmanager
+def profile(path: Path) -> Iterator[None]:
+    """Write what runs inside to `path`, a trace that ui.perfetto.dev shows: operators, and kernels on a GPU."""
+    with torch.profiler.profile() as profiler:
+        yield
+    try:
+        profiler.export_chrome_trace(str(path))
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"--profile {path}: cannot be written: {error}") from error
 
 
 def versions() -> dict[str, str | None]:

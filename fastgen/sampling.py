@@ -127,10 +127,11 @@ def best_token(scores: Tensor) -> Tensor:
     Without a finite maximum it is `INVALID_TOKEN`, so that a broken model does not pass for a confident one:
     nothing can be raised on the device. Who reads the tokens raises; who feeds them back clamps them to 0 first.
     """
-    # torch.max promises the first of equal maxima, and NaN is the largest value to it. Inductor gives an argmax over a
-    # whole row to a single thread block, whatever is fused into it; blocks of the vocabulary take a GPU BLOCKS.
+    # torch.max promises the first of equal maxima, and NaN is the largest value to it. In two steps, because Inductor
+    # gives the argmax of a row to one thread block, with all that is fused into it: for V = 128256 on an H200, 98 us
+    # with the noise, against 8 us.
     vocab = scores.shape[-1]
-    block = min(vocab & -vocab, 1024)  # the largest power of two that divides the row
+    block = min(vocab & -vocab, 1024)  # a power of two that divides the row
     value, within = scores.unflatten(-1, (-1, block)).max(-1)
     value, which = value.max(-1, keepdim=True)
     token = which * block + within.gather(-1, which)

@@ -1,5 +1,6 @@
 """Compiled generation gives eager's tokens, and compiles nothing after its start, whatever comes."""
 
+import psutil
 import pytest
 
 from fastgen.completion import GenerationOptions
@@ -49,3 +50,20 @@ def test_sampled_rows_of_a_compiled_batch_equal_eager_single_rows() -> None:
         alone = streams[0].completion()
         assert together[row].tokens == alone.tokens
         assert together[row].logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_thousand_texts_in_one_process_keep_memory_flat(compile: bool) -> None:
+    engine = Engine(random_model(), compile=compile)
+    process = psutil.Process()
+    sizes = []
+    for number in range(1000):
+        sampling = SamplingOptions(temperature=0.8, seed=number)
+        options = GenerationOptions(max_new_tokens=8, ignore_eos=True, sampling=sampling)
+        if number == 0:
+            engine.warm_up(options)
+        engine.generate([text_of(1 + number * 7 % 200, number)], options)
+        sizes.append(process.memory_info().rss)
+    assert max(sizes[200:]) <= 1.01 * sizes[200]
+    assert engine.recompiles == 0

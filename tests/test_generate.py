@@ -106,6 +106,12 @@ def test_ctrl_c_keeps_the_text_so_far_and_ends_with_130(
     assert document["metrics"]["new_tokens"] == 4
 
 
+def test_a_profile_is_a_trace_of_the_generation(folder: Path, tmp_path: Path) -> None:
+    assert run(folder, "--profile", str(tmp_path / "trace.json")) == 0
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert any("scaled_dot_product_attention" in event.get("name", "") for event in events)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -157,7 +157,7 @@ def test_compiled_and_eager_sampling_give_the_same_tokens() -> None:
             torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("vocab", [10, 1003, 50_000])
+@pytest.mark.parametrize("vocab", [10, 1003, 4096])
 def test_greedy_takes_the_lowest_id_on_ties(vocab: int) -> None:
     firsts = torch.tensor([0, vocab // 3, vocab - 1])
     logits = (torch.arange(vocab) >= firsts[:, None]).float()

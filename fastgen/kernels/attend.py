@@ -12,7 +12,7 @@ without a tile leave at once. The last program of a head to finish (a ticket dec
 - The head is two halves of d / 2 (padded to a power of two), because the rotation pairs j with j + d / 2; scores
   are the sum of two products.
 - Under programmatic dependent launch, positions and rotations are read before the wait: whoever writes them must
-  not be a kernel that lets its successors start early. Cache lines are only fetched into L2 before it.
+  not be a kernel that lets its successors start early.
 
 Online softmax: arXiv 1805.02867; splitting over the keys: Flash-Decoding, arXiv 2311.01282; RoPE: 2104.09864.
 """
@@ -105,10 +105,6 @@ def attend_kernel(
     cos = tl.load(turn, mask=in_half, other=0.0)
     sin = tl.load(turn + D // 2, mask=in_half, other=0.0)
     if PDL:
-        lines = cache + (tile * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None] * D + (half * 2)[None, :]
-        inside = tl.minimum(lines, cache + (begin + T - 1).to(tl.int64) * D)
-        _fetch(k_cache + inside)
-        _fetch(v_cache + inside)
         gdc_wait()
 
     stride = (G * K + 2 * K) * D
@@ -230,9 +226,3 @@ def _add_shares(
             y2 += weight[:, None] * tl.load(value + D // 2, mask=mine & here, other=0.0, cache_modifier=".cg")
     tl.store(out_at, (y1 / sums[:, None]).to(out_at.dtype.element_ty), mask=mine)
     tl.store(out_at + D // 2, (y2 / sums[:, None]).to(out_at.dtype.element_ty), mask=mine)
-
-
-@triton.jit
-def _fetch(at):
-    """Bring the lines at these addresses into L2; a hint, so it may run ahead of whoever writes them."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)

@@ -9,6 +9,7 @@ A token file (llm.c, dev/data/data_common.py, github.com/karpathy/llm.c) is litt
     then               the tokens, uint16 each, to the end of the file
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ Tokens = npt.NDArray[np.integer]
 """One dimension; uint16 where the vocabulary allows, else int32."""
 
 SEPARATOR = "<|endoftext|>"
+SEPARATOR_LINE = re.compile(rf"^{re.escape(SEPARATOR)}$", re.MULTILINE)
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 LLAMA3_MAGIC = 20240801  # the same header before uint32 tokens
 MAX_VALIDATION_TOKENS = 1 << 20
@@ -47,7 +49,7 @@ def read_documents(paths: Sequence[Path]) -> list[str]:
             text = file.read(0, file.size).decode()
         except UnicodeDecodeError as error:
             raise ModelFileError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from error
-        documents += [document.strip() for document in text.split(f"\n{SEPARATOR}\n")]
+        documents += [document.strip() for document in SEPARATOR_LINE.split(text)]
     return [document for document in documents if document]
 
 

@@ -1,0 +1,249 @@
+"""A chat with a model, in the form that it was trained on: `python -m fastgen.chat --system "Be brief."`.
+
+Answers go to stdout, everything else to stderr; a line that begins with / is a command (`/help` lists them). Ctrl-C
+stops an answer and keeps what there is of it; at the prompt it ends the chat with status 130, Ctrl-D with 0. The KV
+cache lives as long as the chat, so that a turn prefills its own tokens only; the line behind each answer counts them.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from fastgen import cli
+from fastgen.errors import INTERRUPTED, CapacityError, RecompiledError, UsageError
+from fastgen.staged import staged_file
+
+if TYPE_CHECKING:
+    from fastgen.completion import Completion, GenerationOptions, TextStream
+    from fastgen.conversation import Conversation
+    from fastgen.engine import Engine
+    from fastgen.load import LoadedModel
+
+PROG = "fastgen.chat"
+HELP = """\
+/reset        forget the conversation; the system message stays
+/system TEXT  replace the system message (no TEXT: take it away); the conversation stays
+/save FILE    write the messages to a new file as JSON
+/exit         end the chat, as Ctrl-D does
+/help         this list; a message that begins with / needs a space in front of it
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig(cli.ModelFlags, cli.SamplingFlags, cli.ChatFlags, cli.OutputFlags):
+    """The flags of `fastgen.chat`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turn:
+    """The figures of one answer; the rate is None where there is nothing to time."""
+
+    prompt_tokens: int  # of the whole conversation
+    prefilled_tokens: int  # of these, what the cache did not hold
+    new_tokens: int
+    decode_tokens_per_second: float | None
+    finish_reason: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    config = cli.parse(ChatConfig, argv, prog=PROG, description="Chat with a model.")
+    options = _options(config)
+    phases = cli.Phases()
+    engine = _engine(config, phases)
+    if config.compile:
+        with phases.phase("compile", "(first run 20 to 60 s, later a few)") as advance:
+            engine.warm_up(options, advance)
+
+    from fastgen.conversation import Conversation
+
+    conversation = Conversation(engine.model.tokenizer, config.system)
+    chat = Chat(engine, conversation, options, answers=sys.stderr if config.json else sys.stdout)
+    status = chat.run()
+    if config.json:
+        _print_document(config, engine.model, chat)
+    if config.fail_on_recompile and engine.recompiles:
+        raise RecompiledError(f"--fail-on-recompile: {engine.recompiles} graph(s) were compiled after the start")
+    return status
+
+
+class Chat:
+    """Reads messages and commands from stdin and answers them, until either ends."""
+
+    def __init__(
+        self, engine: "Engine", conversation: "Conversation", options: "GenerationOptions", *, answers: TextIO
+    ) -> None:
+        self.engine, self.conversation, self.options, self.answers = engine, conversation, options, answers
+        self.turns: list[Turn] = []
+
+    def run(self) -> int:
+        """Return the exit status of the chat."""
+        on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        if on_terminal:
+            import readline  # noqa: F401  (input() edits lines and remembers them once it is there)
+
+            _tell("/help lists the commands")
+        while True:
+            try:
+                line = _read_line(on_terminal)
+            except KeyboardInterrupt:
+                _tell("")
+                return INTERRUPTED
+            if line is None or line.split() == ["/exit"]:
+                return 0
+            try:
+                if line.startswith("/"):
+                    self._command(line)
+                elif line.strip():
+                    self._ask(line.strip())
+            except (UsageError, CapacityError) as error:  # of this line alone: the chat goes on
+                _tell(str(error))
+            except KeyboardInterrupt:
+                _tell("\ninterrupted before the answer began: the message is forgotten")
+
+    def _command(self, line: str) -> None:
+        name, _, argument = line.strip().partition(" ")
+        match name:
+            case "/reset":
+                self.conversation.reset()
+                _tell("a new conversation")
+            case "/system":
+                self.conversation.set_system(argument.strip() or None)
+                _tell("another system message" if argument.strip() else "no system message")
+            case "/save":
+                self._save(argument.strip())
+            case "/help":
+                _tell(HELP.rstrip())
+            case _:
+                raise UsageError(f"{name}: no such command; there are\n{HELP.rstrip()}")
+
+    def _ask(self, content: str) -> None:
+        """Answer one message as the pieces come; an interrupted answer stays as far as it came."""
+        question = self.conversation.ask(content)
+        length, room = len(question.tokens), self.engine.max_seq_len
+        if length >= room:
+            raise UsageError(
+                f"the conversation has {length} tokens with this message, the context holds {room}, answer included\n"
+                f"/reset begins a new one; --max-seq-len can be up to {self.engine.model.config.max_seq_len}"
+            )
+        streams: list[TextStream] = []
+        shown = 0
+        try:
+            for piece in self.engine.stream([question.tokens], self.options, streams=streams):
+                shown += len(piece.text)
+                self.answers.write(piece.text)
+                self.answers.flush()
+        except KeyboardInterrupt:
+            if not streams or not streams[0].count:
+                raise
+        completion = streams[0].completion()
+        self.answers.write(completion.text[shown:] + "\n")
+        self.answers.flush()
+        self.conversation.answer(question, completion)
+        self._record(completion)
+
+    def _record(self, completion: "Completion") -> None:
+        timings, room = self.engine.timings, self.engine.max_seq_len
+        count = len(completion.tokens)
+        times = timings.tokens[:count]
+        turn = Turn(
+            prompt_tokens=len(completion.prompt_tokens),
+            prefilled_tokens=timings.prefilled_tokens,
+            new_tokens=count,
+            decode_tokens_per_second=(count - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
+            finish_reason=completion.finish_reason or "interrupted",
+        )
+        self.turns.append(turn)
+        rate = f", {turn.decode_tokens_per_second:.1f} tok/s" if turn.decode_tokens_per_second else ""
+        filled = turn.prompt_tokens + count
+        ends = {
+            "stop": "",
+            "length": "; the context is full: /reset" if filled >= room else f"; cut at --max-new-tokens {count}",
+            "interrupted": "; interrupted",
+        }
+        _tell(
+            f"[{turn.prefilled_tokens} prompt tokens prefilled, {count} generated{rate}; "
+            f"{filled} of {room} in the context{ends[turn.finish_reason]}]"
+        )
+
+    def _save(self, name: str) -> None:
+        """Write the messages to a file that is not there yet."""
+        if not name:
+            raise UsageError("/save FILE: name a file")
+        path = Path(name).expanduser()
+        if path.exists():
+            raise UsageError(f"/save {name}: the file exists already; name another, nothing is overwritten")
+        messages = self.conversation.messages
+        with staged_file(path) as staging:
+            staging.write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        _tell(f"{len(messages)} messages saved to {path}")
+
+
+def _read_line(on_terminal: bool) -> str | None:
+    """Return the next line, or None at the end; a piped one is shown nowhere and gets no prompt."""
+    try:
+        if not on_terminal:
+            return sys.stdin.readline() or None
+        return input("> ")
+    except EOFError:
+        _tell("")
+        return None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin: not UTF-8 at byte {error.start} of what was read; convert it first") from error
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _options(config: ChatConfig) -> "GenerationOptions":
+    from fastgen.completion import GenerationOptions
+    from fastgen.sampling import SamplingOptions
+
+    names = {field.name for field in dataclasses.fields(SamplingOptions)}
+    sampling = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
+    return GenerationOptions(
+        max_new_tokens=config.max_new_tokens, stop=config.stop, sampling=SamplingOptions(**sampling)
+    )
+
+
+def _engine(config: ChatConfig, phases: cli.Phases) -> "Engine":
+    """Return the engine that serves the whole chat, of a model that has a chat template."""
+    from fastgen.engine import Engine
+    from fastgen.load import load_model
+
+    with phases.phase("load", config.model) as advance:
+        model = load_model(
+            config.model, tokenizer=config.tokenizer, device=config.device, dtype=config.dtype, progress=advance
+        )
+    if model.tokenizer.chat_template is None:
+        raise UsageError(
+            f"--model {config.model}: it has no chat template, so nothing says how it was trained to chat\n"
+            "Choose a chat model, or continue a text with fastgen.generate"
+        )
+    return Engine(model, max_seq_len=config.max_seq_len, compile=config.compile)
+
+
+def _print_document(config: ChatConfig, model: "LoadedModel", chat: Chat) -> None:
+    from fastgen import report
+    from fastgen.device import describe
+
+    document = {
+        "schema_version": report.SCHEMA_VERSION,
+        "command": PROG,
+        "config": dataclasses.asdict(config),
+        "model": {"path": str(model.checkpoint.path), "format": model.checkpoint.format},
+        "device": describe(model.placement.device),
+        "versions": report.versions(),
+        "messages": chat.conversation.messages,
+        "turns": [dataclasses.asdict(turn) for turn in chat.turns],
+    }
+    sys.stdout.write(json.dumps(document) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, prog=PROG)

@@ -1,0 +1,98 @@
+"""The stages of `reference` as kernels, one launch each, for decoding on CUDA.
+
+Hand this module to a model in place of the reference: Transformer(config, stages=fused). The kernels take up to 16
+tokens (texts x new tokens) in bf16 or fp16 whose linears are plain; anything else goes to the reference, so the same
+model prefills, runs on a CPU, or holds quantized weights. Positions of several new tokens must be consecutive, and
+launches on two streams of one GPU must not overlap.
+
+    prepare(device)      # before anything is compiled or captured
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.kernels import attend as _attend
+from fastgen.kernels import head as _head
+from fastgen.kernels import launch, reference
+from fastgen.kernels import linear_add as _linear_add
+from fastgen.kernels import norm_linear as _norm_linear
+from fastgen.kernels import norm_swiglu as _norm_swiglu
+from fastgen.kernels.reference import Step
+
+embed = reference.embed
+
+
+def prepare(device: torch.device) -> None:
+    """Allocate what the kernels keep on a device; call it before a CUDA graph is captured."""
+    launch.workspace(device)
+
+
+def norm_linear(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
+    """See `reference.norm_linear`."""
+    if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
+        return _norm_linear.norm_linear(x, norm.weight, _eps(norm), linear.weight, linear.bias)
+    return reference.norm_linear(x, norm, linear)
+
+
+def linear_add(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
+    """See `reference.linear_add`."""
+    if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
+        return _linear_add.linear_add(x, linear.weight, linear.bias, residual)
+    return reference.linear_add(x, linear, residual)
+
+
+def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:
+    """See `reference.norm_swiglu`."""
+    if isinstance(gate_up, nn.Linear) and _fits(x, gate_up.weight):
+        return _norm_swiglu.norm_swiglu(x, norm.weight, _eps(norm), gate_up.weight, gate_up.bias)
+    return reference.norm_swiglu(x, norm, gate_up)
+
+
+def head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
+    """See `reference.head`."""
+    if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
+        return _head.head(x, norm.weight, _eps(norm), linear.weight, linear.bias)
+    return reference.head(x, norm, linear)
+
+
+def greedy_head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
+    """Return the tokens [..] int64 of the largest logits of `head(x, norm, linear)`, -1 where there is none."""
+    if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
+        return _head.greedy_head(x, norm.weight, _eps(norm), linear.weight, linear.bias)
+    logits = reference.head(x, norm, linear)
+    largest, token = logits.max(dim=-1)
+    return torch.where(largest.isfinite(), token, -1)
+
+
+def attend(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    step: Step,
+    *,
+    scale: float,
+    window: int = 0,
+    q_norm: nn.RMSNorm | None = None,
+    k_norm: nn.RMSNorm | None = None,
+) -> Tensor:
+    """See `reference.attend`."""
+    if not _fits(qkv, k_cache):
+        return reference.attend(
+            qkv, k_cache, v_cache, step, scale=scale, window=window, q_norm=q_norm, k_norm=k_norm
+        )
+    q_gain, k_gain = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
+    eps = 0.0 if q_norm is None else _eps(q_norm)
+    return _attend.attend(
+        qkv, k_cache, v_cache, step.positions, step.rope, q_gain, k_gain, eps, scale, window
+    )  # fmt: skip
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    tokens = x.numel() // x.shape[-1]
+    narrow = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x.dtype
+    return x.is_cuda and narrow and tokens <= launch.MAX_TOKENS
+
+
+def _eps(norm: nn.RMSNorm) -> float:
+    assert norm.eps is not None, "a norm of a checkpoint has its eps"
+    return norm.eps

@@ -1,0 +1,94 @@
+"""What the kernel tests share: random stages, the fp32 oracle with the 2x rule, compilation without a GPU.
+
+A kernel's error is measured against the reference in fp64 on the same (rounded) inputs, and may be at most twice the
+error that PyTorch makes in the kernel's dtype.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device")
+in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py in a process of its own")
+compiled_ahead = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+TARGETS = ((80, False), (90, True))
+"""Compute capability, and whether programmatic dependent launch is there."""
+
+
+def linear(out: int, width: int, *, bias: bool, dtype: torch.dtype, device: str) -> nn.Linear:
+    """A linear with weights of about 1 / sqrt(width)."""
+    module = nn.Linear(width, out, bias=bias)
+    nn.init.normal_(module.weight, std=width**-0.5)
+    return module.to(device, dtype).requires_grad_(False)
+
+
+def norm(width: int, *, dtype: torch.dtype, device: str) -> nn.RMSNorm:
+    """An RMSNorm whose gains differ."""
+    module = nn.RMSNorm(width, eps=1e-5)
+    nn.init.uniform_(module.weight, 0.5, 1.5)
+    return module.to(device, dtype).requires_grad_(False)
+
+
+def in_fp64(module: nn.Module | None) -> nn.Module | None:
+    """The same module with its rounded weights in fp64."""
+    if module is None:
+        return None
+    weights = {name: value.double() for name, value in module.state_dict().items()}
+    if isinstance(module, nn.RMSNorm):
+        copy: nn.Module = nn.RMSNorm(module.normalized_shape, eps=module.eps, dtype=torch.float64)
+    else:
+        copy = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=torch.float64)
+    copy.to(next(iter(weights.values())).device).load_state_dict(weights)
+    return copy.requires_grad_(False)
+
+
+def distance(actual: Tensor, exact: Tensor) -> float:
+    """Relative RMS error; NaN never passes a comparison."""
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def assert_as_good_as(actual: Tensor, torch_result: Tensor, exact: Tensor, name: str) -> None:
+    """Fail when the kernel's error is more than twice PyTorch's (plus a last digit of fp32)."""
+    ours, theirs = distance(actual, exact), distance(torch_result, exact)
+    assert ours <= 2 * theirs + 1e-6, f"{name}: relative error {ours:.2e}, PyTorch's is {theirs:.2e}"
+
+
+def compile_ahead(
+    kernel: Any, capability: int, arguments: dict[str, str], constants: dict[str, Any], *, warps: int = 4
+) -> str:
+    """Compile a kernel for a GPU that need not be there; return its TTGIR (Triton's IR, after pipelining)."""
+    signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if signature[name].startswith("*")
+    }
+    options = {"num_warps": warps} | ({"launch_pdl": True} if capability >= 90 else {})
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"], "ptxas gives a binary"
+    return compiled.asm["ttgir"]
+
+
+def assert_waits_between(ttgir: str) -> None:
+    """Weights are copied before the kernel waits for the one ahead of it; activations are read after it."""
+    wait = ttgir.index("griddepcontrol.wait")
+    assert "ttg.async_copy_global_to_local" in ttgir[:wait], "no weights are copied before the wait"
+    after = ttgir[wait:]
+    assert "tt.load" in after, "activations are read after the wait"
+    assert "tt.load" not in ttgir[:wait], "something is read before the wait that may not be written yet"
+
+
+def poisoned(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call an op while the allocator's free memory is full of NaN, so that what it leaves unwritten shows."""
+    for size in (1 << 10, 1 << 14, 1 << 18, 1 << 22):
+        torch.full((size,), float("nan"), device="cuda")
+    return function(*arguments)

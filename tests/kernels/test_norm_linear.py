@@ -1,0 +1,80 @@
+"""norm_linear: the fused kernel against the reference."""
+
+import pytest
+import torch
+
+from fastgen.kernels import fused, reference
+from fastgen.kernels.norm_linear import norm_linear, norm_linear_kernel
+from tests.kernels import support
+from tests.kernels.support import compile_ahead, compiled_ahead, in_interpreter, on_gpu
+
+ARGUMENTS = {
+    "x": "*bf16", "norm": "*bf16", "weight": "*bf16", "out": "*bf16", "tokens": "i32", "n": "i32", "eps": "fp32",
+}  # fmt: skip
+CONSTANTS = {"bias": None, "K": 512, "ROWS": 16, "SPLITS": 4, "BLOCK": 128, "SCALE_FIRST": False, "STAGES": 4}
+
+
+def stage(out: int, width: int, tokens: int, dtype: torch.dtype, device: str, bias: bool = False):
+    torch.manual_seed(out + width + tokens)
+    x = torch.randn(1, tokens, width, device=device).to(dtype)
+    return x, support.norm(width, dtype=dtype, device=device), support.linear(
+        out, width, bias=bias, dtype=dtype, device=device
+    )
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 11, 16])
+@pytest.mark.parametrize(("out", "width", "bias"), [(96, 64, True), (111, 63, False), (1024, 1000, True), (6144, 4096, False)])  # fmt: skip
+def test_error_is_at_most_twice_torchs(out: int, width: int, bias: bool, tokens: int, dtype: torch.dtype) -> None:
+    x, norm, linear = stage(out, width, tokens, dtype, "cuda", bias)
+    actual = support.poisoned(fused.norm_linear, x, norm, linear)
+    exact = reference.norm_linear(x.double(), support.in_fp64(norm), support.in_fp64(linear))
+    support.assert_as_good_as(actual, reference.norm_linear(x, norm, linear), exact, "norm_linear")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("out", "width"), [(111, 63), (512, 256), (4096, 2048), (6144, 4096), (1000, 5000)])
+def test_a_token_has_the_same_bits_among_others(out: int, width: int, dtype: torch.dtype) -> None:
+    x, norm, linear = stage(out, width, 16, dtype, "cuda")
+    together = fused.norm_linear(x, norm, linear)
+    for tokens in (1, 2, 3, 4, 8, 13):
+        assert torch.equal(fused.norm_linear(x[:, :tokens], norm, linear), together[:, :tokens]), f"{tokens} tokens"
+
+
+@on_gpu
+def test_large_and_small_activations_stay_finite_in_fp16() -> None:
+    x, norm, linear = stage(256, 512, 2, torch.float16, "cuda")
+    for scale in (1e-3, 1e4):
+        y = fused.norm_linear((x.double() * scale).half(), norm, linear)
+        exact = reference.norm_linear((x.double() * scale).half().double(), support.in_fp64(norm), support.in_fp64(linear))  # fmt: skip
+        assert support.distance(y, exact) < 2e-3, f"activations around {scale}"
+
+
+@on_gpu
+def test_compiles_in_one_graph_and_passes_opcheck() -> None:
+    x, norm, linear = stage(512, 256, 3, torch.bfloat16, "cuda", True)
+    compiled = torch.compile(lambda x: fused.norm_linear(x, norm, linear) * 2, fullgraph=True)
+    assert torch.equal(compiled(x), fused.norm_linear(x, norm, linear) * 2)
+    torch.library.opcheck(norm_linear, (x, norm.weight, 1e-5, linear.weight, linear.bias))
+
+
+@compiled_ahead
+@pytest.mark.parametrize(("capability", "pdl"), support.TARGETS)
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_compiles_without_a_gpu(tokens: int, capability: int, pdl: bool) -> None:
+    constants = CONSTANTS | {"TOKENS": tokens, "PDL": pdl, "EARLY": True}
+    ttgir = compile_ahead(norm_linear_kernel, capability, ARGUMENTS, constants)
+    if pdl:
+        support.assert_waits_between(ttgir)
+
+
+@in_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_agrees_with_the_reference_in_the_interpreter(tokens: int, dtype: torch.dtype) -> None:
+    x, norm, linear = stage(40, 80, tokens, dtype, "cpu", True)
+    actual = norm_linear(x, norm.weight, 1e-5, linear.weight, linear.bias)
+    exact = reference.norm_linear(x.double(), support.in_fp64(norm), support.in_fp64(linear))
+    assert support.distance(actual, exact) < (1e-6 if dtype is torch.float32 else 1e-3)

