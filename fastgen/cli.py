@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -168,7 +169,12 @@ def _dashed(word: str) -> str:
 
 
 def run(command: Callable[[], int], *, prog: str) -> NoReturn:
-    """End the process with the command's status; a user's error is its message alone, unless `--debug` is given."""
+    """End the process with the command's status; a user's error is its message alone, unless `--debug` is given.
+
+    Ctrl-C ends it at once, except where the command is `interruptible`: outside of that there is nothing to save, and
+    libraries swallow a KeyboardInterrupt that reaches them while they are imported.
+    """
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
     try:
         status = command()
         sys.stdout.flush()
@@ -177,13 +183,21 @@ def run(command: Callable[[], int], *, prog: str) -> NoReturn:
             raise
         sys.stderr.write(f"{prog}: {error}\n")
         status = error.exit_status
-    except KeyboardInterrupt:
-        status = INTERRUPTED
     except BrokenPipeError:
         # Whoever read stdout has seen enough; leave without Python's complaint when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt inside, where the command keeps what it has so far."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Phases:

@@ -144,10 +144,11 @@ def _generate(
     streams: list[TextStream] = []
     interrupted = False
     try:
-        for piece in engine.stream([tokens] * engine.batch, options, streams=streams):
-            if live:
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
+        with cli.interruptible():
+            for piece in engine.stream([tokens] * engine.batch, options, streams=streams):
+                if live:
+                    sys.stdout.write(piece.text)
+                    sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted = True
     completions = [stream.completion() for stream in streams]

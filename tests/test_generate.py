@@ -171,8 +171,10 @@ def test_a_vocabulary_that_does_not_fit_the_model_is_refused(folder: Path, tmp_p
 
 @pytest.mark.parametrize(("error", "status"), [(UsageError, 2), (ModelFileError, 3)])
 def test_a_command_ends_with_its_errors_status_and_no_traceback(
-    error: type[FastgenError], status: int, capsys: pytest.CaptureFixture
+    error: type[FastgenError], status: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: None)
+
     def command() -> int:
         raise error("what, where, how")
 

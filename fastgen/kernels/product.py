@@ -9,7 +9,8 @@ memory never idles, not within a kernel and not between two.
 - Under programmatic dependent launch the first tiles of weights are copied *before* the program waits for the
   kernel ahead of it. The pipeliner puts the first copies in front of the loop, and the wait stands inside the
   loop's first round. The activations are what the kernel ahead wrote, so they may not run ahead with the
-  weights: the pipeliner leaves loads inside a branch alone, hence the branch around theirs (EARLY).
+  weights: the pipeliner leaves a branch as it is, hence the one, always taken, that holds the wait and their
+  load (EARLY). The tests look for this order in the compiled kernels.
 - A tile of K is cut into SPLITS parts, one a warp, as the batch of a batched `tl.dot`: mma.m16n8k16 with the tokens
   as its 8 columns (16 from 9 tokens on; fewer are repeated). A product's bits therefore depend on SPLITS and BLOCK
   alone, not on the number of tokens or on ROWS: a token that is verified among others gives what it gives alone.
@@ -68,13 +69,12 @@ def stream_product(
         rows = tl.minimum(block * SPAN + row % SPAN, n - 1) + (row // SPAN) * n
         w_at = weight + rows.to(tl.int64)[None, :, None] * K + (start + split_k)
         w = tl.load(w_at, mask=split_k < K - start, other=0.0, eviction_policy="evict_first")
-        if HOISTED:
-            if i == 0:
-                gdc_wait()
         x_at = x + token[:, None] * K + (start + k)[None, :]
         here = (token < tokens)[:, None] & (k < K - start)[None, :]
         if HOISTED:
             if tokens > 0:
+                if i == 0:
+                    gdc_wait()
                 part = tl.load(x_at, mask=here, other=0.0)
             else:
                 part = tl.zeros([LOADED, TILE], x.dtype.element_ty)

@@ -80,11 +80,12 @@ def compile_ahead(
 
 def assert_waits_between(ttgir: str) -> None:
     """Weights are copied before the kernel waits for the one ahead of it; activations are read after it."""
-    wait = ttgir.index("griddepcontrol.wait")
-    assert "ttg.async_copy_global_to_local" in ttgir[:wait], "no weights are copied before the wait"
-    after = ttgir[wait:]
-    assert "tt.load" in after, "activations are read after the wait"
-    assert "tt.load" not in ttgir[:wait], "something is read before the wait that may not be written yet"
+    lines = [line for line in ttgir.splitlines() if "loc(" not in line[:5]]
+    wait = next(n for n, line in enumerate(lines) if "griddepcontrol.wait" in line)
+    copies = [n for n, line in enumerate(lines) if "ttg.async_copy_global_to_local" in line]
+    loads = [n for n, line in enumerate(lines) if "tt.load" in line]
+    assert copies and copies[0] < wait, "no weights are copied before the wait"
+    assert loads and wait < loads[0], "something is read before the wait that may not be written yet"
 
 
 def poisoned(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

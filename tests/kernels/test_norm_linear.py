@@ -11,7 +11,7 @@ from tests.kernels.support import compile_ahead, compiled_ahead, in_interpreter,
 ARGUMENTS = {
     "x": "*bf16", "norm": "*bf16", "weight": "*bf16", "out": "*bf16", "tokens": "i32", "n": "i32", "eps": "fp32",
 }  # fmt: skip
-CONSTANTS = {"bias": None, "K": 512, "ROWS": 16, "SPLITS": 4, "BLOCK": 128, "SCALE_FIRST": False, "STAGES": 4}
+CONSTANTS = {"bias": None, "K": 4096, "ROWS": 16, "SPLITS": 4, "BLOCK": 128, "SCALE_FIRST": False, "STAGES": 4}
 
 
 def stage(out: int, width: int, tokens: int, dtype: torch.dtype, device: str, bias: bool = False):

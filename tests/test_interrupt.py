@@ -1,0 +1,60 @@
+"""Ctrl-C and closed pipes, on a real process."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint_writers import LLAMA, make_model, write_hf
+from tests.vocabularies import small_sentencepiece
+
+CONFIG = LLAMA | {"vocab_size": 512, "max_position_embeddings": 8192}
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A generation that would take minutes."""
+    folder: Path = write_hf(tmp_path_factory.mktemp("hf") / "model", CONFIG, make_model(CONFIG))
+    (folder / "tokenizer.model").write_bytes(small_sentencepiece())
+    flags = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "8000", "--ignore-eos"]
+    return [sys.executable, "-m", "fastgen.generate", *flags]
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def test_ctrl_c_while_the_text_streams_keeps_it_and_says_what_was_measured(command: list[str]) -> None:
+    with start(command) as process:
+        assert process.stdout and process.stderr
+        shown = process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(shown + rest) > 20
+    assert b"tok/s" in err and b"Traceback" not in err
+
+
+def test_ctrl_c_before_the_text_ends_at_once(command: list[str]) -> None:
+    with start([*command[:-1], "--prompt", "-"]) as process:
+        # It waits for stdin, flags parsed: importing and loading are all still to come.
+        assert process.stderr
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT), "a shell sees 130 in both"
+    assert not out
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_silently(command: list[str]) -> None:
+    with start(command) as process:
+        assert process.stdout and process.stderr
+        process.stdout.read(20)
+        process.stdout.close()
+        err = process.stderr.read()
+        process.wait(timeout=60)
+    assert process.returncode == 0
+    assert b"Traceback" not in err and b"BrokenPipe" not in err
