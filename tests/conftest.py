@@ -16,6 +16,16 @@ def shared_data() -> Path:
     return DATA
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are collected everywhere and run where there is one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 def pytest_configure() -> None:
     """Two workers on two cores: one thread each, and no tokenizer threads behind a fork."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -2,6 +2,7 @@
 
 import psutil
 import pytest
+from torch._dynamo.utils import counters
 
 from fastgen.completion import GenerationOptions
 from fastgen.engine import Engine
@@ -50,6 +51,20 @@ def test_sampled_rows_of_a_compiled_batch_equal_eager_single_rows() -> None:
         alone = streams[0].completion()
         assert together[row].tokens == alone.tokens
         assert together[row].logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_are_kept_and_give_eagers_tokens() -> None:
+    counters.clear()
+    model = random_model(device="cuda", max_seq_len=1200)
+    compiled, greedy = Engine(model, compile=True), GenerationOptions(max_new_tokens=24, ignore_eos=True)
+    compiled.warm_up(greedy)
+    prompts = [text_of(length, length) for length in (7, 700, 1, 130)]
+    tokens = [compiled.generate([prompt], greedy)[0].tokens for prompt in prompts]
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert compiled.recompiles == 0
+    eager = Engine(model)
+    assert tokens == [eager.generate([prompt], greedy)[0].tokens for prompt in prompts]
 
 
 @pytest.mark.long
