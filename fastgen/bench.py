@@ -62,8 +62,7 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> list["Record
 
     placement = choose_placement(config.device, config.dtype)
     limit = measure_read_bandwidth(placement.device)
-    with phases.phase("load", name):
-        model = _load(config, name, placement)
+    model = _load(config, name, placement, phases)
     workload = {"prompt_tokens": config.prompt_tokens, "new_tokens": config.new_tokens}
 
     def row(timing: Timing, system: str, mode: str) -> "Record":
@@ -87,13 +86,15 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> list["Record
     return records
 
 
-def _load(config: BenchConfig, name: str, placement: "Placement") -> "LoadedModel":
-    from fastgen.load import load_model, random_model
+def _load(config: BenchConfig, name: str, placement: "Placement", phases: cli.Phases) -> "LoadedModel":
+    from fastgen import session
+    from fastgen.load import random_model
     from fastgen.shapes import shape
 
-    if config.shape:
+    if not config.shape:
+        return session.load(config, phases, name)
+    with phases.phase("load", name):
         return random_model(shape(name), placement)
-    return load_model(name, tokenizer=config.tokenizer, device=config.device, dtype=config.dtype)
 
 
 def _show(config: BenchConfig, records: list["Record"]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from fastgen import cli
-from fastgen.errors import INTERRUPTED, CapacityError, RecompiledError, UsageError
+from fastgen.errors import INTERRUPTED, CapacityError, UsageError
 from fastgen.staged import staged_file
 
 if TYPE_CHECKING:
@@ -51,22 +51,22 @@ class Turn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     config = cli.parse(ChatConfig, argv, prog=PROG, description="Chat with a model.")
-    options = _options(config)
-    phases = cli.Phases()
-    engine = _engine(config, phases)
-    if config.compile:
-        with phases.phase("compile", "(first run 20 to 60 s, later a few)") as advance:
-            engine.warm_up(options, advance)
 
+    from fastgen import session
     from fastgen.conversation import Conversation
+
+    options = session.options(config)
+    phases = cli.Phases()
+    engine = _engine(config, session.load(config, phases))
+    session.warm_up(engine, options, phases)
 
     conversation = Conversation(engine.model.tokenizer, config.system)
     chat = Chat(engine, conversation, options, answers=sys.stderr if config.json else sys.stdout)
-    status = chat.run()
+    with cli.interruptible():
+        status = chat.run()
     if config.json:
         _print_document(config, engine.model, chat)
-    if config.fail_on_recompile and engine.recompiles:
-        raise RecompiledError(f"--fail-on-recompile: {engine.recompiles} graph(s) were compiled after the start")
+    session.check_recompiles(config, engine)
     return status
 
 
@@ -200,26 +200,10 @@ def _tell(text: str) -> None:
     sys.stderr.flush()
 
 
-def _options(config: ChatConfig) -> "GenerationOptions":
-    from fastgen.completion import GenerationOptions
-    from fastgen.sampling import SamplingOptions
-
-    names = {field.name for field in dataclasses.fields(SamplingOptions)}
-    sampling = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
-    return GenerationOptions(
-        max_new_tokens=config.max_new_tokens, stop=config.stop, sampling=SamplingOptions(**sampling)
-    )
-
-
-def _engine(config: ChatConfig, phases: cli.Phases) -> "Engine":
+def _engine(config: ChatConfig, model: "LoadedModel") -> "Engine":
     """Return the engine that serves the whole chat, of a model that has a chat template."""
     from fastgen.engine import Engine
-    from fastgen.load import load_model
 
-    with phases.phase("load", config.model) as advance:
-        model = load_model(
-            config.model, tokenizer=config.tokenizer, device=config.device, dtype=config.dtype, progress=advance
-        )
     if model.tokenizer.chat_template is None:
         raise UsageError(
             f"--model {config.model}: it has no chat template, so nothing says how it was trained to chat\n"
@@ -229,16 +213,9 @@ def _engine(config: ChatConfig, phases: cli.Phases) -> "Engine":
 
 
 def _print_document(config: ChatConfig, model: "LoadedModel", chat: Chat) -> None:
-    from fastgen import report
-    from fastgen.device import describe
+    from fastgen import session
 
-    document = {
-        "schema_version": report.SCHEMA_VERSION,
-        "command": PROG,
-        "config": dataclasses.asdict(config),
-        "model": {"path": str(model.checkpoint.path), "format": model.checkpoint.format},
-        "device": describe(model.placement.device),
-        "versions": report.versions(),
+    document = session.document(PROG, config, model) | {
         "messages": chat.conversation.messages,
         "turns": [dataclasses.asdict(turn) for turn in chat.turns],
     }

@@ -87,6 +87,11 @@ class Engine:
         self._warm_compilations = 0
 
     @property
+    def compiled(self) -> bool:
+        """Whether the steps are compiled."""
+        return self._steps.compiled
+
+    @property
     def recompiles(self) -> int:
         """Graphs that were compiled since `warm_up`; there should never be one."""
         return count_compilations() - self._warm_compilations if self._steps.compiled else 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgen import cli
-from fastgen.errors import INTERRUPTED, ModelFileError, RecompiledError, UsageError
+from fastgen.errors import INTERRUPTED, ModelFileError, UsageError
 
 if TYPE_CHECKING:
     from fastgen.completion import Completion, GenerationOptions
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fastgen.report import Metrics
 
 PROG = "fastgen.generate"
-COMPILE_HINT = "(first run 20 to 60 s, later a few)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,21 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.num_samples < 1:
         raise UsageError(f"--num-samples {config.num_samples}: expected at least 1")
     prompt = read_prompt(config)
-    options = generation_options(config)
+
+    from fastgen import session
+
+    options = session.options(config, ignore_eos=config.ignore_eos)
     phases = cli.Phases()
-    model = _load(config, phases)
+    model = session.load(config, phases)
     tokens = encode_prompt(model, config, prompt)
     engine = _engine(model, config, tokens)
 
-    if config.compile:
-        with phases.phase("compile", COMPILE_HINT) as advance:
-            engine.warm_up(options, advance)
+    session.warm_up(engine, options, phases)
     with _profile(config.profile):
         completions, interrupted = _generate(engine, config, options, tokens, prompt)
     metrics = _measure(engine, completions, phases)
     _report(model, config, prompt, completions, metrics)
-    if config.fail_on_recompile and engine.recompiles:
-        raise RecompiledError(f"--fail-on-recompile: {engine.recompiles} graph(s) were compiled after the start")
+    session.check_recompiles(config, engine)
     return INTERRUPTED if interrupted else 0
 
 
@@ -85,21 +84,6 @@ def read_prompt(config: GenerateConfig) -> str:
     return text.removesuffix("\n")
 
 
-def generation_options(config: GenerateConfig) -> "GenerationOptions":
-    """Return the engine's options of these flags."""
-    from fastgen.completion import GenerationOptions
-    from fastgen.sampling import SamplingOptions
-
-    names = {field.name for field in dataclasses.fields(SamplingOptions)}
-    sampling = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
-    return GenerationOptions(
-        max_new_tokens=config.max_new_tokens,
-        stop=config.stop,
-        ignore_eos=config.ignore_eos,
-        sampling=SamplingOptions(**sampling),
-    )
-
-
 def encode_prompt(model: "LoadedModel", config: GenerateConfig, prompt: str) -> list[int]:
     """Return the prompt's token ids, through the chat template with `--chat`."""
     if not config.chat:
@@ -110,19 +94,6 @@ def encode_prompt(model: "LoadedModel", config: GenerateConfig, prompt: str) -> 
 
     messages = [{"role": "system", "content": config.system}] if config.system is not None else []
     return encode_chat(model.tokenizer, [*messages, {"role": "user", "content": prompt}])
-
-
-def _load(config: GenerateConfig, phases: cli.Phases) -> "LoadedModel":
-    from fastgen.load import load_model
-
-    with phases.phase("load", config.model) as advance:
-        return load_model(
-            config.model,
-            tokenizer=config.tokenizer,
-            device=config.device,
-            dtype=config.dtype,
-            progress=advance,
-        )
 
 
 def _engine(model: "LoadedModel", config: GenerateConfig, tokens: list[int]) -> "Engine":
@@ -183,19 +154,12 @@ def _measure(engine: "Engine", completions: list["Completion"], phases: cli.Phas
 def _report(
     model: "LoadedModel", config: GenerateConfig, prompt: str, completions: list["Completion"], metrics: "Metrics"
 ) -> None:
-    from fastgen import report
-    from fastgen.device import describe
+    from fastgen import report, session
 
     sys.stderr.write(report.summary(model, metrics) + "\n")
     if not config.json:
         return
-    document = {
-        "schema_version": report.SCHEMA_VERSION,
-        "command": PROG,
-        "config": dataclasses.asdict(config),
-        "model": {"path": str(model.checkpoint.path), "format": model.checkpoint.format},
-        "device": describe(model.placement.device),
-        "versions": report.versions(),
+    document = session.document(PROG, config, model) | {
         "samples": [
             {
                 "prompt": prompt,

@@ -32,11 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model that chats in whole characters and now and then ends its turn."""
     words = parse_hf_json(small_byte_level().encode(), Path("small"), Settings())
     config = LLAMA | {"vocab_size": words.vocab_size + 7, "max_position_embeddings": 512}
-    weights = make_model(config, seed=5)
+    weights = make_model(config, seed=2)
     for token in range(config["vocab_size"]):
         spelled = words.token_bytes(token) if token < words.vocab_size else b""
         if token == words.special[END]:
-            weights["lm_head.weight"][token] *= 1.5
+            weights["lm_head.weight"][token] *= 1.2
         elif not (spelled and spelled.isascii() and spelled.decode().isprintable()):
             weights["lm_head.weight"][token] = 0.0
     path = write_hf(tmp_path_factory.mktemp("models") / "tiny-chat", config, weights)

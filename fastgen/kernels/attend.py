@@ -79,7 +79,7 @@ def _(
 
 
 @triton.jit
-def attend_kernel(
+def attend_kernel(  # noqa: PLR0915
     qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, out, partial, tickets, eps, scale, window, T, S,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,

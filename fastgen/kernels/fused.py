@@ -77,9 +77,7 @@ def attend(
 ) -> Tensor:
     """See `reference.attend`."""
     if not _fits(qkv, k_cache):
-        return reference.attend(
-            qkv, k_cache, v_cache, step, scale=scale, window=window, q_norm=q_norm, k_norm=k_norm
-        )
+        return reference.attend(qkv, k_cache, v_cache, step, scale=scale, window=window, q_norm=q_norm, k_norm=k_norm)
     q_gain, k_gain = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
     eps = 0.0 if q_norm is None else _eps(q_norm)
     return _attend.attend(

@@ -74,7 +74,7 @@ def _store_best(y, block, column, tokens, n, extra):
     rows = block * y.shape[0] + tl.arange(0, y.shape[0])
     if bias is not None:
         y += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
-    y = tl.where(y == y, y, float("inf"))
+    y = tl.where(y != y, float("inf"), y)  # noqa: PLR0124
     y = tl.where((rows < n)[:, None], y, float("-inf"))
     top, index = tl.max(y, axis=0, return_indices=True)
     at = column * tl.cdiv(n, y.shape[0]) + block

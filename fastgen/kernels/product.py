@@ -28,7 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def stream_product(
+def stream_product(  # noqa: PLR0912, PLR0915
     x, norm, weight, tokens, n, eps, finish: tl.constexpr, extra,
     K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
     PAIRED: tl.constexpr, NORM: tl.constexpr, SCALE_FIRST: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,

@@ -12,20 +12,23 @@ ARGUMENTS = {
     "x": "*bf16", "norm": "*bf16", "weight": "*bf16", "out": "*bf16", "tokens": "i32", "n": "i32", "eps": "fp32",
 }  # fmt: skip
 CONSTANTS = {"bias": None, "K": 4096, "ROWS": 16, "SPLITS": 4, "BLOCK": 128, "SCALE_FIRST": False, "STAGES": 4}
+SHAPES = [(96, 64, True), (111, 63, False), (1024, 1000, True), (6144, 4096, False)]
 
 
 def stage(out: int, width: int, tokens: int, dtype: torch.dtype, device: str, bias: bool = False):
     torch.manual_seed(out + width + tokens)
     x = torch.randn(1, tokens, width, device=device).to(dtype)
-    return x, support.norm(width, dtype=dtype, device=device), support.linear(
-        out, width, bias=bias, dtype=dtype, device=device
+    return (
+        x,
+        support.norm(width, dtype=dtype, device=device),
+        support.linear(out, width, bias=bias, dtype=dtype, device=device),
     )
 
 
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 11, 16])
-@pytest.mark.parametrize(("out", "width", "bias"), [(96, 64, True), (111, 63, False), (1024, 1000, True), (6144, 4096, False)])  # fmt: skip
+@pytest.mark.parametrize(("out", "width", "bias"), SHAPES)
 def test_error_is_at_most_twice_torchs(out: int, width: int, bias: bool, tokens: int, dtype: torch.dtype) -> None:
     x, norm, linear = stage(out, width, tokens, dtype, "cuda", bias)
     actual = support.poisoned(fused.norm_linear, x, norm, linear)
@@ -47,8 +50,9 @@ def test_a_token_has_the_same_bits_among_others(out: int, width: int, dtype: tor
 def test_large_and_small_activations_stay_finite_in_fp16() -> None:
     x, norm, linear = stage(256, 512, 2, torch.float16, "cuda")
     for scale in (1e-3, 1e4):
-        y = fused.norm_linear((x.double() * scale).half(), norm, linear)
-        exact = reference.norm_linear((x.double() * scale).half().double(), support.in_fp64(norm), support.in_fp64(linear))  # fmt: skip
+        scaled = (x.double() * scale).half()
+        exact = reference.norm_linear(scaled.double(), support.in_fp64(norm), support.in_fp64(linear))
+        y = fused.norm_linear(scaled, norm, linear)
         assert support.distance(y, exact) < 2e-3, f"activations around {scale}"
 
 

@@ -1,0 +1,57 @@
+"""What commands have in common once their flags are parsed: a loaded model, an engine that is ready, a document.
+
+Commands import it inside functions, since it imports torch.
+"""
+
+import dataclasses
+
+from fastgen import cli, report
+from fastgen.completion import GenerationOptions
+from fastgen.device import describe
+from fastgen.engine import Engine
+from fastgen.errors import RecompiledError
+from fastgen.load import LoadedModel, load_model
+from fastgen.sampling import SamplingOptions
+
+
+def load(config: cli.ModelFlags, phases: cli.Phases, name: str | None = None) -> LoadedModel:
+    """Load the model that the flags name (or `name`), with progress."""
+    name = name or config.model
+    with phases.phase("load", name) as advance:
+        return load_model(name, tokenizer=config.tokenizer, device=config.device, dtype=config.dtype, progress=advance)
+
+
+def options(config: cli.SamplingFlags, *, ignore_eos: bool = False) -> GenerationOptions:
+    """Return the engine's options of these flags."""
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    return GenerationOptions(
+        max_new_tokens=config.max_new_tokens,
+        stop=config.stop,
+        ignore_eos=ignore_eos,
+        sampling=SamplingOptions(**{name: getattr(config, name) for name in names}),
+    )
+
+
+def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases) -> None:
+    """Compile what the engine needs, with progress and what to expect; does nothing without --compile."""
+    if engine.compiled:
+        with phases.phase("compile", "(first run 20 to 60 s, later a few)") as advance:
+            engine.warm_up(options, advance)
+
+
+def check_recompiles(config: cli.ModelFlags, engine: Engine) -> None:
+    """Raise `RecompiledError` if --fail-on-recompile is given and something was compiled after `warm_up`."""
+    if config.fail_on_recompile and engine.recompiles:
+        raise RecompiledError(f"--fail-on-recompile: {engine.recompiles} graph(s) were compiled after the start")
+
+
+def document(prog: str, config: cli.ModelFlags, model: LoadedModel) -> dict[str, object]:
+    """Return what every command's JSON document begins with; the README has the schema."""
+    return {
+        "schema_version": report.SCHEMA_VERSION,
+        "command": prog,
+        "config": dataclasses.asdict(config),
+        "model": {"path": str(model.checkpoint.path), "format": model.checkpoint.format},
+        "device": describe(model.placement.device),
+        "versions": report.versions(),
+    }
