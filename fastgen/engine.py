@@ -22,10 +22,10 @@ from fastgen.device import synchronize
 from fastgen.errors import CapacityError, ModelFileError, UsageError
 from fastgen.load import LoadedModel, Progress
 from fastgen.sampling import INVALID_TOKEN, SamplingOptions
-from fastgen.steps import CHUNKS, Choice, Steps, chunks, count_compilations
+from fastgen.steps import CHUNKS, Choice, Rows, Steps, chunks
 
 DEFAULT_MAX_SEQ_LEN = 4096
-HOST_LAG = 2  # decode steps that are queued on a GPU before the oldest token is read
+HOST_LAG = 1  # bursts that are queued on a GPU before the oldest is read
 
 
 class Piece(NamedTuple):
@@ -84,7 +84,7 @@ class Engine:
             ) from error
         self._steps = Steps(model.transformer, self._reach, compiled=compile)
         self._texts: list[list[int]] = []  # tokens of each row; the cache holds all but perhaps the last
-        self._warm_compilations = 0
+        self._warm_count = 0
 
     @property
     def compiled(self) -> bool:
@@ -93,24 +93,24 @@ class Engine:
 
     @property
     def recompiles(self) -> int:
-        """Graphs that were compiled since `warm_up`; there should never be one."""
-        return count_compilations() - self._warm_compilations if self._steps.compiled else 0
+        """Graphs that were compiled or captured since `warm_up`; there should never be one."""
+        return self._steps.count() - self._warm_count
 
     def warm_up(self, options: GenerationOptions | None = None, progress: Progress | None = None) -> None:
         """Compile and capture everything that a text of any length will need; does nothing without `compile`."""
         if not self._steps.compiled:
             return
         options = options or GenerationOptions()
-        widths = [width for width in CHUNKS if width < self._reach] if self._steps.on_gpu else CHUNKS[-1:]
-        bounds = self._steps.bounds() if self._steps.on_gpu else [CHUNKS[-1] + 1, CHUNKS[-1] + 2]
-        jobs = [(width, bound) for bound in bounds for width in (*widths, 1) if width <= bound]
+        on_gpu = self.device.type == "cuda"
+        widths = [width for width in CHUNKS if width < self._reach] if on_gpu else CHUNKS[-1:]
+        jobs = [(width, bound) for bound in self._steps.bounds() for width in (*widths, 1) if width <= bound]
         for done, (width, bound) in enumerate(jobs):
             if progress:
                 progress(done, len(jobs))
             self._warm_step(width, bound, options)
         synchronize(self.device)
         self._texts = []
-        self._warm_compilations = count_compilations()
+        self._warm_count = self._steps.count()
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions | None = None
@@ -171,31 +171,37 @@ class Engine:
         timings = self.timings = Timings(start=time.perf_counter())
         start = self._reusable(prompts)
         self._texts = []
-        position = torch.tensor(list(map(len, prompts)), device=self.device)
-        noise = (
-            options.sampling,
-            torch.tensor(options.sampling.seed, device=self.device),
-            torch.tensor(samples, device=self.device),
-            self._seen(prompts, options.sampling),
-        )
-        choice = self._steps.choose(
-            self._prefill(prompts, start, position), position, *noise, logprobs=options.logprobs
-        )
+        lengths = torch.tensor(list(map(len, prompts)), device=self.device)
+        rows = self._rows(lengths, prompts, samples, options.sampling)
+        hidden = self._prefill(prompts, start, lengths)
+        choice = self._steps.choose(hidden, rows, options.sampling, logprobs=options.logprobs)
         synchronize(self.device)
         timings.prefilled = time.perf_counter()
         filled = max(map(len, prompts))
         timings.prefilled_tokens = filled - start
         self._texts = list(map(list, prompts))
+        self._steps.start(rows._replace(token=choice.token))
         reader = TokenReader(self.device)
+        burst = Choice(choice.token[None], None if choice.logprob is None else choice.logprob[None])
         while True:
-            for step in reader.push(choice):
-                timings.tokens.append(time.perf_counter())
+            for step in reader.push(burst, timings):
                 for text, token in zip(self._texts, step.tokens, strict=True):
                     text.append(token)
                 yield step
-            filled = min(filled + 1, self._reach)
-            choice = self._steps.decode(choice.token, position, filled, *noise, logprobs=options.logprobs)
-            position = (position + 1).clamp(max=self._reach - 1)
+            burst = self._steps.decode(filled + 1, options.sampling, logprobs=options.logprobs)
+            filled += self._steps.burst
+
+    def _rows(
+        self, lengths: Tensor, prompts: Sequence[Sequence[int]], samples: Sequence[int], options: SamplingOptions
+    ) -> Rows:
+        """Return the rows of texts whose next token is still to be chosen."""
+        return Rows(
+            token=torch.zeros_like(lengths),
+            positions=lengths,
+            seed=torch.tensor(options.seed, device=self.device),
+            samples=torch.tensor(samples, device=self.device),
+            seen=self._seen(prompts, options),
+        )
 
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int, lengths: Tensor) -> Tensor:
         """Fill the cache from position `first` on; returns the hidden state [B, D] of every prompt's last token."""
@@ -223,17 +229,14 @@ class Engine:
 
     @torch.inference_mode()
     def _warm_step(self, width: int, bound: int, options: GenerationOptions) -> None:
-        tokens = torch.zeros(self.batch, width, dtype=torch.int64, device=self.device)
         lengths = torch.full((self.batch,), bound, device=self.device)
         if width > 1:
+            tokens = torch.zeros(self.batch, width, dtype=torch.int64, device=self.device)
             self._steps.prefill(tokens, bound - width, lengths)
             return
-        seed = torch.tensor(0, device=self.device)
-        samples = torch.arange(self.batch, device=self.device)
-        seen = self._seen([[0]] * self.batch, options.sampling)
-        self._steps.decode(
-            tokens[:, 0], lengths - 1, bound, options.sampling, seed, samples, seen, logprobs=options.logprobs
-        )
+        rows = self._rows(lengths - self._steps.burst, [[0]] * self.batch, range(self.batch), options.sampling)
+        self._steps.start(rows)
+        self._steps.decode(bound - self._steps.burst + 1, options.sampling, logprobs=options.logprobs)
 
     def _seen(self, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> Tensor:
         """Return [B, V] bool: which tokens each text holds; nothing reads it without a repetition penalty."""
@@ -267,31 +270,37 @@ class Engine:
 
 
 class TokenReader:
-    """Brings tokens to the host: at once on a CPU, a few steps behind the device on a GPU."""
+    """Brings tokens to the host: at once on a CPU; on a GPU a burst behind the device, which so never waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._pending: deque[tuple[Choice, torch.cuda.Event]] = deque()
 
-    def push(self, choice: Choice) -> Iterator[StepTokens]:
-        """Queue a step's tokens and yield those that are due."""
+    def push(self, burst: Choice, timings: Timings) -> Iterator[StepTokens]:
+        """Queue a burst [steps, B] and yield the steps that are due, with their times."""
         if not self._cuda:
-            yield _to_lists(choice)
+            yield from _unpack(burst, timings)
             return
-        logprob = None if choice.logprob is None else _to_pinned(choice.logprob)
-        host = Choice(_to_pinned(choice.token), logprob)
+        logprob = None if burst.logprob is None else _to_pinned(burst.logprob)
+        host = Choice(_to_pinned(burst.token), logprob)
         event = torch.cuda.Event()
         event.record()
         self._pending.append((host, event))
         if len(self._pending) > HOST_LAG:
             oldest, copied = self._pending.popleft()
             copied.synchronize()
-            yield _to_lists(oldest)
+            yield from _unpack(oldest, timings)
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _to_lists(choice: Choice) -> StepTokens:
-    return StepTokens(choice.token.tolist(), None if choice.logprob is None else choice.logprob.tolist())
+def _unpack(burst: Choice, timings: Timings) -> Iterator[StepTokens]:
+    """Yield a burst's steps; its time is shared out evenly among them, for only its end can be seen."""
+    tokens = burst.token.tolist()
+    logprobs = [None] * len(tokens) if burst.logprob is None else burst.logprob.tolist()
+    now = time.perf_counter()
+    before = timings.tokens[-1] if timings.tokens else now
+    timings.tokens += [before + (now - before) * (step + 1) / len(tokens) for step in range(len(tokens))]
+    yield from map(StepTokens, tokens, logprobs)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     config = cli.parse(GenerateConfig, argv, prog=PROG, description="Generate text from a prompt.")
     if config.interactive:
-        raise UsageError("--interactive: chats are not built yet; use --chat for a single answer")
+        raise UsageError("--interactive: run python -m fastgen.chat, which takes the same model and sampling flags")
     if config.num_samples < 1:
         raise UsageError(f"--num-samples {config.num_samples}: expected at least 1")
     prompt = read_prompt(config)

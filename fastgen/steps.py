@@ -1,10 +1,11 @@
 """The two steps of generation, prefill of a chunk and decoding of one token, eager or compiled.
 
-Compiled means `torch.compile(mode="reduce-overhead", fullgraph=True)`. The part of the cache that attention reads
-and a chunk's width are dynamic sizes, so one graph of each step serves every prompt: nothing recompiles after the
-first text (`count_compilations` counts; `--fail-on-recompile` enforces). On a CPU a block is compiled once and called
-for every layer, which takes a third of the time; on a GPU the step is flat and becomes CUDA graphs, one for every
-power of two of filled cache, since a CUDA graph cannot have a dynamic size.
+Compiled means `torch.compile(fullgraph=True)`. The part of the cache that attention reads and a chunk's width are
+dynamic sizes, so one graph of each step serves every prompt: nothing recompiles after the first text
+(`count_compilations` counts; `--fail-on-recompile` enforces). On a CPU a block is compiled once and called for every
+layer, which takes a third of the time; on a GPU the step is compiled flat, and CUDA graphs of several steps
+(`fastgen.graphs`) take the launches off the host: what mode="reduce-overhead" is for, without its copies of inputs
+and outputs at every step.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from fastgen.graphs import GraphDecoder
 from fastgen.model import Transformer
 from fastgen.noise import NoiseKey
 from fastgen.sampling import SamplingOptions, log_probabilities, sample
@@ -23,8 +25,31 @@ from fastgen.sampling import SamplingOptions, log_probabilities, sample
 CHUNKS = (1024, 128, 16)
 """Widths of prefill; the last chunk of a prompt is padded to the smallest."""
 
-SMALLEST_BOUND = 256
-"""Filled positions that the smallest CUDA graph reads."""
+
+class Rows(NamedTuple):
+    """What the rows of a batch carry from step to step, on the device.
+
+    Attributes:
+        token: [B] int64, the last token of each text, which the next step appends to the cache.
+        positions: [B] int64, where that token stands.
+        seed: int64 without dimensions, of the sampling noise; a tensor, so that another seed is no other graph.
+        samples: [B] int64, tells apart texts with equal prompts.
+        seen: [B, V] bool, the tokens that a text holds, for the repetition penalty; empty without one.
+    """
+
+    token: Tensor
+    positions: Tensor
+    seed: Tensor
+    samples: Tensor
+    seen: Tensor
+
+
+class Choice(NamedTuple):
+    """The next token, int64, and where asked for its log-probability, fp32, under the unfiltered model: [B] each, or
+    [steps, B]."""
+
+    token: Tensor
+    logprob: Tensor | None
 
 
 def prefill(model: Transformer, tokens: Tensor, positions: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
@@ -37,35 +62,28 @@ def prefill(model: Transformer, tokens: Tensor, positions: Tensor, keys: Tensor,
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
 
-class Choice(NamedTuple):
-    """The next token [B] int64 and, where asked for, its log-probability [B] fp32 under the unfiltered model."""
-
-    token: Tensor
-    logprob: Tensor | None
-
-
 def choose_token(
-    model: Transformer, hidden: Tensor, options: SamplingOptions, key: NoiseKey, seen: Tensor, *, logprobs: bool
+    model: Transformer, hidden: Tensor, positions: Tensor, rows: Rows, options: SamplingOptions, *, logprobs: bool
 ) -> Choice:
-    """Return the next token from hidden states [B, D]; `key` holds the positions where these tokens will stand."""
+    """Return the next token from hidden states [B, D]; `positions` [B] is where it will stand."""
     logits = model.logits(hidden)
-    token = sample(logits, options, key=key, seen=seen)
+    key = NoiseKey(seed=rows.seed, sample=rows.samples, position=positions)
+    token = sample(logits, options, key=key, seen=rows.seen)
     if options.repetition_penalty != 1.0:
-        seen.scatter_(1, token[:, None].clamp(min=0), True)
+        rows.seen.scatter_(1, token[:, None].clamp(min=0), True)
     return Choice(token, log_probabilities(logits, token) if logprobs else None)
 
 
 def decode_one_token(
-    model: Transformer, token: Tensor, positions: Tensor, keys: Tensor, options: SamplingOptions,
-    seed: Tensor, samples: Tensor, seen: Tensor, *, logprobs: bool,
-) -> Choice:  # fmt: skip
-    """Append `token` [B] at `positions` [B] of the texts, and return the token [B] that follows.
+    model: Transformer, rows: Rows, keys: Tensor, options: SamplingOptions, *, logprobs: bool
+) -> Choice:
+    """Append each row's token to its text, and return the token that follows.
 
     An invalid token is fed as 0: the device goes on, and the host raises when it reads it.
     """
-    hidden = model(token[:, None].clamp(min=0), positions[:, None], keys, positions + 1)
-    key = NoiseKey(seed=seed, sample=samples, position=positions + 1)
-    return choose_token(model, hidden[:, 0], options, key, seen, logprobs=logprobs)
+    following = rows.positions + 1
+    hidden = model(rows.token[:, None].clamp(min=0), rows.positions[:, None], keys, following)
+    return choose_token(model, hidden[:, 0], following, rows, options, logprobs=logprobs)
 
 
 def chunks(start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -78,22 +96,29 @@ def chunks(start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 class Steps:
-    """Runs the steps of one model; `reach` is the number of positions that any step may read, less than its cache
-    holds."""
+    """Runs the steps of one model.
+
+    `reach` is the number of positions that any step may read, less than the cache holds: reading all of it would be a
+    special case to the compiler, and so another graph. `decode` makes `burst` steps a call.
+    """
 
     def __init__(self, model: Transformer, reach: int, *, compiled: bool) -> None:
         self.model = model
         self.compiled = compiled
-        self.on_gpu = model.embedding.weight.is_cuda
+        self.burst = 1
         self._positions = torch.arange(reach, device=model.embedding.weight.device)
         self._prefill: Callable[..., Tensor] = prefill
         self._decode: Callable[..., Choice] = decode_one_token
-        model.by_region = compiled and not self.on_gpu
+        self._graphs: GraphDecoder | None = None
+        self._rows: Rows | None = None
+        on_gpu = model.embedding.weight.is_cuda
+        model.by_region = compiled and not on_gpu
         if compiled:
-            compile_step = partial(
-                torch.compile, fullgraph=True, dynamic=False, mode="reduce-overhead" if self.on_gpu else None
-            )
+            compile_step = partial(torch.compile, fullgraph=True, dynamic=False)
             self._prefill, self._decode = compile_step(prefill), compile_step(decode_one_token)
+        if compiled and on_gpu:
+            self._graphs = GraphDecoder(self._decode_eagerly, reach, model.weight_bytes())
+            self.burst = self._graphs.burst
 
     def prefill(self, tokens: Tensor, start: int, lengths: Tensor) -> Tensor:
         """Fill positions start .. start + T - 1 with tokens [B, T]; returns hidden states [B, D], see `prefill`."""
@@ -104,46 +129,49 @@ class Steps:
         if self.compiled:
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(positions, 1)
-        self._begin()
-        return self._prefill(self.model, tokens, positions, self._keys(start + width), lengths).clone()
+        return self._prefill(self.model, tokens, positions, self._keys(start + width), lengths)
 
-    def choose(
-        self, hidden: Tensor, position: Tensor, options: SamplingOptions, seed: Tensor, samples: Tensor, seen: Tensor,
-        *, logprobs: bool,
-    ) -> Choice:  # fmt: skip
-        """Choose the token that follows a prompt, once a text and so never compiled; see `choose_token`."""
-        key = NoiseKey(seed=seed, sample=samples, position=position)
-        return choose_token(self.model, hidden, replace(options, seed=0), key, seen, logprobs=logprobs)
+    def start(self, rows: Rows) -> None:
+        """Begin to decode from `rows`; the tensors are ours from now on."""
+        self._rows = rows
+        if self._graphs:
+            self._graphs.start(rows)
 
-    def decode(
-        self, token: Tensor, positions: Tensor, filled: int, options: SamplingOptions, seed: Tensor, samples: Tensor,
-        seen: Tensor, *, logprobs: bool,
-    ) -> Choice:  # fmt: skip
-        """Decode one token with `filled` positions to look at, the new one included; see `decode_one_token`."""
-        # The seed comes as a tensor, and not in the options, so that another seed is no other graph.
-        options, keys = replace(options, seed=0), self._keys(filled)
-        self._begin()
-        choice = self._decode(self.model, token, positions, keys, options, seed, samples, seen, logprobs=logprobs)
-        return Choice(choice.token.clone(), None if choice.logprob is None else choice.logprob.clone())
+    def choose(self, hidden: Tensor, rows: Rows, options: SamplingOptions, *, logprobs: bool) -> Choice:
+        """Choose the token that follows a prompt; once a text, and so never compiled. See `choose_token`."""
+        return choose_token(self.model, hidden, rows.positions, rows, options, logprobs=logprobs)
+
+    def decode(self, filled: int, options: SamplingOptions, *, logprobs: bool) -> Choice:
+        """Decode the next `burst` tokens of all rows, [burst, B]; the first step attends to `filled` positions, its
+        own included."""
+        options = replace(options, seed=0)
+        reach = self._positions.shape[0]
+        if self._graphs:
+            return self._graphs.decode(min(filled + self.burst - 1, reach), options, logprobs=logprobs)
+        assert self._rows is not None, "start() comes before decode()"
+        choice = self._decode_eagerly(self._rows, min(filled, reach), options, logprobs=logprobs)
+        following = (self._rows.positions + 1).clamp(max=reach - 1)
+        self._rows = self._rows._replace(token=choice.token, positions=following)
+        return Choice(choice.token[None], None if choice.logprob is None else choice.logprob[None])
 
     def bounds(self) -> list[int]:
-        """Return every number of positions that a CUDA graph may read."""
-        reach = self._positions.shape[0]
-        powers = [SMALLEST_BOUND << power for power in range(32) if SMALLEST_BOUND << power < reach]
-        return [*powers, reach]
+        """Return values of `filled` whose decoding makes every graph that any value needs."""
+        return self._graphs.bounds if self._graphs else [CHUNKS[-1] + 1, CHUNKS[-1] + 2]
+
+    def count(self) -> int:
+        """Return how many graphs have been compiled or captured; stands still once every case was seen."""
+        if not self.compiled:
+            return 0
+        return count_compilations() + (self._graphs.captures if self._graphs else 0)
+
+    def _decode_eagerly(self, rows: Rows, filled: int, options: SamplingOptions, *, logprobs: bool) -> Choice:
+        return self._decode(self.model, rows, self._keys(filled), options, logprobs=logprobs)
 
     def _keys(self, filled: int) -> Tensor:
-        if self.compiled and self.on_gpu:
-            filled = next(bound for bound in self.bounds() if bound >= filled)
         keys = self._positions[:filled]
         if self.compiled:
             torch._dynamo.mark_dynamic(keys, 0)
         return keys
-
-    def _begin(self) -> None:
-        """Tell CUDA graphs that the memory of earlier outputs may be used again: those in use are clones."""
-        if self.compiled and self.on_gpu:
-            torch.compiler.cudagraph_mark_step_begin()
 
 
 def count_compilations() -> int:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 PROG = "fastgen.train"
 STRETCH = 10  # steps between two looks at the losses
 
-SOURCES = ("text", "tokens", "tokenizer", "train_tokenizer", "shape", "config", "init_from", "distill_from", "dtype")
-"""Flags that a run's losses depend on beside the training options; a resumed run must be given the same."""
+SOURCES = ("shape", "config", "init_from", "distill_from", "dtype")
+"""Flags that a run's losses depend on beside its tokens and its options; a resumed run must be given the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +148,7 @@ def _prepare(config: TrainConfig, ranks: "Ranks", device: str | None) -> "Run":
         compile=config.compile,
     )  # fmt: skip
     settings = dataclasses.asdict(options) | {name: getattr(config, name) for name in SOURCES}
+    settings["data"] = data.fingerprint()
     run = Run(
         trainer, RunFolder(out, settings, vocabulary.files, placement.dtype), data, placement, vocabulary.tokenizer
     )
@@ -210,10 +211,10 @@ def _train(config: TrainConfig, run: "Run", meter: Meter) -> None:
         run.save(finished=True)
         meter.note(f"saved in {config.out}; it writes: {run.sample()}")
     except KeyboardInterrupt:
-        meter.note(f"interrupted at step {trainer.step}; {run.what_is_saved()}")
+        meter.note(f"interrupted at step {trainer.step}. {run.what_is_saved()}")
         raise
     except FastgenError as error:
-        raise type(error)(f"{error}\n{run.what_is_saved().capitalize()}") from error
+        raise type(error)(f"{error}\n{run.what_is_saved()}") from error
 
 
 def _next_stop(config: TrainConfig, step: int) -> int:

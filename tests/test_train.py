@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastgen.checkpoint.hf_save import hf_config, hf_tensors
 from fastgen.config import ModelConfig
 from fastgen.device import Placement
 from fastgen.errors import UsageError
@@ -45,13 +46,10 @@ def as_transformers(ours: Transformer) -> Any:
     """The same model in transformers, with its own copy of the weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from fastgen.checkpoint.hf_save import _parts, hf_config
-
     content = hf_config(ours.config, torch.float32)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content))
-    weights = {}
-    for name, parameter in ours.named_parameters():
-        weights |= {part: value.detach().clone() for part, value in _parts(name, parameter, ours.config)}
+    parts = hf_tensors(ours.config, dict(ours.named_parameters()))
+    weights = {name: part.detach().clone() for name, part in parts}
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     return theirs
@@ -75,8 +73,6 @@ def randomized(changes: dict[str, Any]) -> Transformer:
 
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
 def test_loss_and_gradients_equal_transformers(changes: dict[str, Any]) -> None:
-    from fastgen.checkpoint.hf_save import _parts
-
     ours = randomized(changes)
     theirs = as_transformers(ours)
     rows = torch.randint(258, (3, 21), generator=torch.Generator().manual_seed(2))
@@ -86,12 +82,11 @@ def test_loss_and_gradients_equal_transformers(changes: dict[str, Any]) -> None:
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    gradients = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        assert parameter.grad is not None, name
-        for theirs_name, part in _parts(name, parameter.grad, ours.config):
-            wanted = gradients[theirs_name].grad
-            assert (part - wanted).norm() <= 1e-5 * wanted.norm(), theirs_name
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
+    found = dict(hf_tensors(ours.config, gradients))
+    assert found.keys() == dict(theirs.named_parameters()).keys()
+    for name, parameter in theirs.named_parameters():
+        assert (found[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
 
 
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
@@ -113,14 +108,15 @@ def test_two_layers_overfit_one_batch() -> None:
 
 
 def test_a_draft_comes_to_agree_with_its_target() -> None:
-    target = randomized({"max_seq_len": 32})
-    run = Trainer(new_model(SMALL, 1), noise(), options(steps=60, learning_rate=1e-2), CPU, teacher=target)
+    target = new_model(SMALL, 2).requires_grad_(False)
+    target.embedding.weight.mul_(30)
+    run = Trainer(new_model(SMALL, 1), noise(), options(steps=100, learning_rate=1e-2), CPU, teacher=target)
     before = run.validate()
-    run.advance(60)
+    run.advance(100)
     after = run.validate()
     assert before.divergence is not None and after.divergence is not None and before.agreement is not None
-    assert after.divergence < 0.8 * before.divergence
-    assert after.agreement is not None and after.agreement > before.agreement
+    assert after.divergence < 0.5 * before.divergence
+    assert after.agreement is not None and after.agreement > before.agreement + 0.1
     assert all(parameter.grad is None for parameter in target.parameters())
 
 
@@ -128,7 +124,7 @@ def test_following_oneself_costs_nothing() -> None:
     model = randomized({})
     rows = torch.randint(258, (2, 9), generator=torch.Generator().manual_seed(2))
     loss = Distillation(model, model, temperature=2.0)(rows)
-    assert abs(float(loss)) < 1e-5
+    assert loss.abs().item() < 1e-5
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others() -> None:

@@ -62,7 +62,7 @@ def test_tokens_beyond_16_bits_do_not_go_into_a_token_file(tmp_path: Path) -> No
 
 
 def test_tokens_beyond_the_vocabulary_are_refused_with_their_place() -> None:
-    with pytest.raises(ModelFileError, match="here: token 300 at place 2 .* vocabulary of 300"):
+    with pytest.raises(ModelFileError, match=r"here: token 300 at place 2 .* vocabulary of 300"):
         check_tokens(np.array([1, 2, 300, 4], np.uint16), 300, "here")
 
 

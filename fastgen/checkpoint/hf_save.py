@@ -45,12 +45,16 @@ def save_hf(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dt
     write_json(folder / "config.json", hf_config(config, dtype))
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
     write_json(folder / "generation_config.json", {name: value for name, value in tokens.items() if value is not None})
-    foreign: dict[str, Tensor] = {}
+    # A copy of its own for each part: safetensors refuses tensors that share memory.
+    parts = {name: part.detach().to("cpu", dtype, copy=True) for name, part in hf_tensors(config, tensors)}
+    save_tensors(folder / "model.safetensors", parts, {"format": "pt"})
+
+
+def hf_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's tensors by Hugging Face's names, as views of ours; a tied head is the embedding, and left out."""
     for name, tensor in tensors.items():
         if name != "lm_head.weight" or not config.tie_embeddings:
-            # A copy of its own for each part: safetensors refuses tensors that share memory.
-            foreign |= {theirs: part.to("cpu", dtype, copy=True) for theirs, part in _parts(name, tensor, config)}
-    save_tensors(folder / "model.safetensors", foreign, {"format": "pt"})
+            yield from _parts(name, tensor, config)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -120,7 +120,7 @@ class Run:
         return sum(parameter.numel() for parameter in self.trainer.model.parameters())
 
     def what_is_saved(self) -> str:
-        """Return which state a run that fails now leaves."""
+        """Return which state a run that fails now leaves, as a sentence."""
         if self._saved is None:
-            return f"nothing was saved yet in {self.folder.path}"
-        return f"the run as of step {self._saved} is in {self.folder.path}; --resume goes on from there"
+            return f"Nothing was saved yet in {self.folder.path}"
+        return f"The run as of step {self._saved} is in {self.folder.path}; --resume goes on from there"

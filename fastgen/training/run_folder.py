@@ -8,6 +8,7 @@
 The folder changes as a whole (`fastgen.staged`): a run that dies while it saves leaves the last good one.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,18 +76,19 @@ class RunFolder:
         wrong = [name for name, shape in wanted.items() if name not in tensors or tensors[name].shape != tuple(shape)]
         if wrong or not isinstance(losses, list) or not isinstance(validations, list):
             raise ModelFileError(f"{self.path}: the saved run is damaged or of another model: {wrong or RECORD}")
-        trainer.restore({name: tensor[:] for name, tensor in tensors.items()}, losses)
+        trainer.restore({name: tensor[()] for name, tensor in tensors.items()}, losses)
         return [Validation(**entry) for entry in validations]
 
     def _check_settings(self, record: Mapping[str, object]) -> None:
         before = record.get("settings")
         if not isinstance(before, dict):
             raise ModelFileError(f"{self.path / RECORD}: says nothing about the settings of the run")
-        changed = [name for name, value in self.settings.items() if before.get(name) != value]
+        settings = json.loads(json.dumps(dict(self.settings)))  # tuples are lists there
+        changed = [name for name, value in settings.items() if before.get(name) != value]
         if changed:
             name = changed[0]
             raise UsageError(
-                f"--resume: the run in {self.path} began with {name} {before.get(name)}, not {self.settings[name]}\n"
+                f"--resume: the run in {self.path} began with {name} {before.get(name)}, not {settings[name]}\n"
                 "Go on with the same flags, or start a new run with another --out"
             )
 

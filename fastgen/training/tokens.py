@@ -10,6 +10,7 @@ A token file (llm.c, dev/data/data_common.py, github.com/karpathy/llm.c) is litt
 """
 
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,10 @@ class TokenData:
 
     training: Tokens
     validation: Tokens
+
+    def fingerprint(self) -> str:
+        """Return what tells these tokens from others."""
+        return f"{self.training.size} tokens, crc32 {zlib.crc32(self.training.tobytes()):08x}"
 
 
 def read_documents(paths: Sequence[Path]) -> list[str]:

@@ -1,0 +1,71 @@
+"""linear_add: the fused kernel against the reference."""
+
+import pytest
+import torch
+
+from fastgen.kernels import fused, reference
+from fastgen.kernels.linear_add import linear_add, linear_add_kernel
+from tests.kernels import support
+from tests.kernels.support import compile_ahead, compiled_ahead, in_interpreter, on_gpu
+
+ARGUMENTS = {
+    "x": "*bf16", "weight": "*bf16", "residual": "*bf16", "out": "*bf16", "tokens": "i32", "n": "i32",
+}  # fmt: skip
+CONSTANTS = {"bias": None, "K": 4096, "ROWS": 16, "SPLITS": 4, "BLOCK": 128, "STAGES": 4}
+SHAPES = [(64, 96, True), (63, 111, False), (1000, 1024, True), (4096, 11008, False)]
+
+
+def stage(out: int, width: int, tokens: int, dtype: torch.dtype, device: str, bias: bool = False):
+    torch.manual_seed(out + width + tokens)
+    x = torch.randn(1, tokens, width, device=device).to(dtype)
+    residual = torch.randn(1, tokens, out, device=device).to(dtype)
+    return x, support.linear(out, width, bias=bias, dtype=dtype, device=device), residual
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 11, 16])
+@pytest.mark.parametrize(("out", "width", "bias"), SHAPES)
+def test_error_is_at_most_twice_torchs(out: int, width: int, bias: bool, tokens: int, dtype: torch.dtype) -> None:
+    x, linear, residual = stage(out, width, tokens, dtype, "cuda", bias)
+    actual = support.poisoned(fused.linear_add, x, linear, residual)
+    exact = reference.linear_add(x.double(), support.in_fp64(linear), residual.double())
+    support.assert_as_good_as(actual, reference.linear_add(x, linear, residual), exact, "linear_add")
+
+
+@on_gpu
+@pytest.mark.parametrize(("out", "width"), [(63, 111), (256, 512), (2048, 2048), (4096, 11008)])
+def test_a_token_has_the_same_bits_among_others(out: int, width: int) -> None:
+    x, linear, residual = stage(out, width, 16, torch.bfloat16, "cuda")
+    together = fused.linear_add(x, linear, residual)
+    for tokens in (1, 2, 3, 4, 8, 13):
+        alone = fused.linear_add(x[:, :tokens], linear, residual[:, :tokens])
+        assert torch.equal(alone, together[:, :tokens]), f"{tokens} tokens"
+
+
+@on_gpu
+def test_compiles_in_one_graph_and_passes_opcheck() -> None:
+    x, linear, residual = stage(512, 256, 3, torch.bfloat16, "cuda", True)
+    compiled = torch.compile(lambda x: fused.linear_add(x, linear, residual) * 2, fullgraph=True)
+    assert torch.equal(compiled(x), fused.linear_add(x, linear, residual) * 2)
+    torch.library.opcheck(linear_add, (x, linear.weight, linear.bias, residual))
+
+
+@compiled_ahead
+@pytest.mark.parametrize(("capability", "pdl"), support.TARGETS)
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_compiles_without_a_gpu(tokens: int, capability: int, pdl: bool) -> None:
+    constants = CONSTANTS | {"TOKENS": tokens, "PDL": pdl, "EARLY": True}
+    ttgir = compile_ahead(linear_add_kernel, capability, ARGUMENTS, constants)
+    if pdl:
+        support.assert_waits_between(ttgir)
+
+
+@in_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_agrees_with_the_reference_in_the_interpreter(tokens: int, dtype: torch.dtype) -> None:
+    x, linear, residual = stage(40, 80, tokens, dtype, "cpu", True)
+    actual = linear_add(x, linear.weight, linear.bias, residual)
+    exact = reference.linear_add(x.double(), support.in_fp64(linear), residual.double())
+    assert support.distance(actual, exact) < (1e-6 if dtype is torch.float32 else 1e-3)
