@@ -22,12 +22,9 @@ PROG = "fastgen.bench"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchConfig(cli.ModelFlags, cli.OutputFlags):
+class BenchConfig(cli.ModelFlags, cli.ShapeFlags, cli.OutputFlags):
     """The flags of `fastgen.bench`."""
 
-    shape: tuple[str, ...] = cli.flag(
-        (), "a published shape, with random weights; several times", action="append", metavar="S"
-    )
     modes: str = cli.flag("eager,compile", "what to measure, comma separated (default eager,compile)", metavar="MODES")
     baseline: str | None = cli.flag(None, "also measure transformers", choices=("transformers",))
     batch: int = cli.flag(1, "texts at a time", type=int, metavar="N")

@@ -58,7 +58,10 @@ class ModelFlags(ComputeFlags, TokenizerFlags):
     """Which model, in which form, where."""
 
     model: str = flag(
-        "smollm2", "a folder, a file, or a built-in name: smollm2", aliases=["checkpoint-path"], metavar="M"
+        "stories",
+        "a folder, a file, or a built-in name: stories (default), smollm2",
+        aliases=["checkpoint-path"],
+        metavar="M",
     )
     revision: str | None = flag(None, "the hub's revision of --model", metavar="R")
     offline: bool = flag(False, "never ask the network")
@@ -70,6 +73,18 @@ class ModelFlags(ComputeFlags, TokenizerFlags):
     fail_on_recompile: bool = flag(False, "with --compile: end with an error if anything compiles after the start")
     max_seq_len: int | None = flag(
         None, "tokens that the KV cache holds (default: what is needed)", type=int, metavar="N"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShapeFlags:
+    """Models that are a shape alone, with random weights."""
+
+    shape: tuple[str, ...] = flag(
+        (),
+        "a model of a published shape, as llama-3-8b, or for training of dim=256,layers=4,heads=8",
+        action="append",
+        metavar="S",
     )
 
 

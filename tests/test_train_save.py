@@ -241,7 +241,7 @@ def test_a_diverging_run_keeps_its_last_good_state(flags: list[str], tmp_path: P
         (["--save-every", "0"], UsageError, "--save-every 0"),
         (["--train-tokenizer", "100"], UsageError, "--train-tokenizer 100"),
         (["--text", "missing.txt"], ModelFileError, "missing.txt"),
-        (["--shape", "dim=32,layers=2,heads=4,vocab-size=100"], ModelFileError, "290 ids, the model's embedding 100"),
+        (["--shape", "dim=32,layers=2,heads=4"], UsageError, "each say what the model is"),
     ],
 )
 def test_flags_that_cannot_be_honoured_are_refused(
@@ -250,6 +250,12 @@ def test_flags_that_cannot_be_honoured_are_refused(
     with pytest.raises(kind, match=message):
         main([*flags, *change])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(flags: list[str]) -> None:
+    flags[flags.index("--shape") + 1] += ",vocab-size=100"
+    with pytest.raises(ModelFileError, match=r"290 ids, the model's embedding 100"):
+        main(flags)
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:

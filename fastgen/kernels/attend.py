@@ -27,7 +27,7 @@ from fastgen.kernels.launch import dependent_launch, next_power_of_two, split_co
 
 ROWS = 16  # rows of a program, the smallest tile of the tensor cores
 TILE = 64  # positions
-WARPS = 4
+WARPS = 8
 
 
 @torch.library.custom_op("fastgen::attend", mutates_args=("k_cache", "v_cache"))
@@ -64,7 +64,7 @@ def attend(
         qkv.contiguous(), k_cache, v_cache, positions.contiguous(), rope.contiguous(), q_norm, k_norm,
         out, partial, workspace(qkv.device), eps, scale * 1.4426950408889634, window, T, S,
         K=K, G=H // K, D=d, HALF=max(16, next_power_of_two(d // 2)), ROWS=ROWS, TILE=TILE, SPLITS=splits,
-        NORM=q_norm is not None, PDL=bool(launch), num_warps=WARPS, num_stages=2, **launch,
+        NORM=q_norm is not None, PDL=bool(launch), num_warps=WARPS, num_stages=1, **launch,
     )  # fmt: skip
     return out
 
@@ -109,6 +109,7 @@ def attend_kernel(  # noqa: PLR0915
 
     stride = (G * K + 2 * K) * D
     source = qkv + text.to(tl.int64) * T * stride
+    next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, tile, begin, half, D, TILE)
     q_at = source + (row_token * stride + (head * G + row % G) * D)[:, None] + half[None, :]
     q1, q2 = _turned_head(q_at, cos, sin, (row < T * G)[:, None] & in_half, q_norm, half, eps, D, NORM)
     position = begin + row_token
@@ -119,11 +120,8 @@ def attend_kernel(  # noqa: PLR0915
     for t in range(tile, last + 1, SPLITS):
         key = t * TILE + tl.arange(0, TILE)
         at = cache + key.to(tl.int64)[:, None] * D + half[None, :]
-        old = (key < begin)[:, None] & in_half
-        k1 = tl.load(k_cache + at, mask=old, other=0.0)
-        k2 = tl.load(k_cache + at + D // 2, mask=old, other=0.0)
-        v1 = tl.load(v_cache + at, mask=old, other=0.0)
-        v2 = tl.load(v_cache + at + D // 2, mask=old, other=0.0)
+        k1, k2, v1, v2 = next_k1, next_k2, next_v1, next_v2
+        next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, t + SPLITS, begin, half, D, TILE)
         if t * TILE + TILE > begin:
             token = tl.minimum(tl.maximum(key - begin, 0), T - 1)
             new = ((key >= begin) & (key < begin + T))[:, None] & in_half
@@ -179,6 +177,18 @@ def attend_kernel(  # noqa: PLR0915
 
 
 @triton.jit
+def _cached_tile(k_cache, v_cache, cache, tile, begin, half, D: tl.constexpr, TILE: tl.constexpr):
+    """Load the halves of a tile's keys and values that stood in the cache before this launch, 0 elsewhere."""
+    key = tile * TILE + tl.arange(0, TILE)
+    at = cache + key.to(tl.int64)[:, None] * D + half[None, :]
+    old = (key < begin)[:, None] & (half < D // 2)[None, :]
+    return (
+        tl.load(k_cache + at, mask=old, other=0.0), tl.load(k_cache + at + D // 2, mask=old, other=0.0),
+        tl.load(v_cache + at, mask=old, other=0.0), tl.load(v_cache + at + D // 2, mask=old, other=0.0),
+    )  # fmt: skip
+
+
+@triton.jit
 def _turned_head(at, cos, sin, here, norm, half, eps, D: tl.constexpr, NORM: tl.constexpr):
     """Load the two halves of some heads, normalize (NORM) and rotate them; rounded where the reference rounds."""
     a = tl.load(at, mask=here, other=0.0)
@@ -213,7 +223,8 @@ def _add_shares(
     sums = tl.zeros([ROWS], tl.float32)
     y1 = tl.zeros([ROWS, HALF], tl.float32)
     y2 = tl.zeros([ROWS, HALF], tl.float32)
-    for start in range(0, SPLITS, 4):
+    end = shares if lowest % SPLITS == 0 else SPLITS  # the shares present are then the first ones
+    for start in range(0, end, 4):
         for offset in tl.static_range(4):
             share = start + offset
             here = (share < SPLITS) & ((share - lowest % SPLITS + SPLITS) % SPLITS < shares)
