@@ -98,9 +98,7 @@ def random_model(config: ModelConfig, placement: Placement, *, seed: int = 0) ->
 
 
 def resolve(source: str | Path) -> Path:
-    """Return the path of a model: a built-in name's, unless a file or folder of that name is there."""
-    if Path(source).exists():
-        return Path(source)
+    """Return the path of a model: a built-in name's, else the path itself (`./stories` is always a path)."""
     if str(source) in EMBEDDED:
         return ASSETS / str(source)
     if str(source) != "smollm2":

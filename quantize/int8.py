@@ -19,6 +19,7 @@ from quantize.format import INT8, WeightFormat
 from quantize.tokens import are_few
 
 LEVELS = 127.5  # half the range of -128 .. 127
+KERNEL_COLUMNS = 32  # PyTorch's kernel reads whole vectors, past the end of a row that is not a multiple of them
 
 
 def quantize(weight: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [.., in] times the weights, plus the bias, [.., out] in x's dtype."""
-        if not (x.is_cpu and are_few(x)):
+        if not (x.is_cpu and self.in_features % KERNEL_COLUMNS == 0 and are_few(x)):
             return F.linear(x, dequantize(self.weight, self.weight_scale, x.dtype), self.bias)
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
         y = torch._weight_int8pack_mm(rows, self.weight, self.weight_scale[:, 0].to(torch.bfloat16))

@@ -185,8 +185,8 @@ class Decoder:
         return fused.greedy_head(hidden, self.model.norm, self.model.lm_head)
 
     def step(self) -> None:
-        """Decode one token."""
-        self.token.copy_(self.next_token(self.token, self.position))
+        """Decode one token; one that is invalid is fed as 0."""
+        self.token.copy_(self.next_token(self.token.clamp(min=0), self.position))
         self.position.add_(1)
         self.length.add_(1)
 
@@ -248,14 +248,14 @@ def bench_compiled(decoder: Decoder) -> dict[str, Any]:
     compiled = torch.compile(decoder.next_token, mode="reduce-overhead", fullgraph=True)
     decoder.restart()
     for _ in range(4):
-        decoder.token.copy_(compiled(decoder.token, decoder.position))
+        decoder.token.copy_(compiled(decoder.token.clamp(min=0), decoder.position))
         decoder.position.add_(1)
     torch.cuda.synchronize()
     first = time.perf_counter() - start
 
     def run() -> None:
         for _ in range(NEW):
-            decoder.token.copy_(compiled(decoder.token, decoder.position))
+            decoder.token.copy_(compiled(decoder.token.clamp(min=0), decoder.position))
             decoder.position.add_(1)
 
     decoder.restart()

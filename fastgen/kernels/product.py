@@ -83,7 +83,8 @@ def stream_product(  # noqa: PLR0912, PLR0915
                 later_here = (token < tokens)[:, None] & (k < K - later)[None, :]
                 upcoming = tl.load(x + token[:, None] * K + (later + k)[None, :], mask=later_here, other=0.0)
             else:
-                part = upcoming
+                part = tl.zeros([LOADED, TILE], x.dtype.element_ty)
+                upcoming = tl.zeros([LOADED, TILE], x.dtype.element_ty)
         else:
             part = tl.load(x_at, mask=here, other=0.0)
         if NORM:

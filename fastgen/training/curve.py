@@ -14,7 +14,9 @@ def can_draw() -> bool:
 
 
 def draw_curve(path: Path, losses: Sequence[float], validations: Sequence[Validation], title: str) -> None:
-    """Write a PNG of the training loss by step, with the validation losses on it.
+    """Write a PNG of the training loss by step, with the same quantity on the validation tokens on it.
+
+    That is the divergence where a teacher is followed, and the cross-entropy elsewhere.
 
     Raises `UsageError` without matplotlib.
     """
@@ -25,7 +27,8 @@ def draw_curve(path: Path, losses: Sequence[float], validations: Sequence[Valida
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, alpha=0.7, label="training")
-    axes.plot([entry.step for entry in validations], [entry.loss for entry in validations], "o-", label="validation")
+    measured = [entry.loss if entry.divergence is None else entry.divergence for entry in validations]
+    axes.plot([entry.step for entry in validations], measured, "o-", label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

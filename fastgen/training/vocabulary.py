@@ -59,11 +59,13 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> dict[str, byte
             max_sentence_length=1 << 20,
         )  # fmt: skip
     except RuntimeError as error:
-        limit = re.search(r"<= (\d+)", str(error))
-        advice = f"at most {limit[1]} are possible" if limit else "give more text"
-        raise UsageError(
-            f"--train-tokenizer {vocab_size}: the text is too short for so many pieces; {advice}"
-        ) from error
+        most, least = re.search(r"<= (\d+)", str(error)), re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        if least:
+            reason = f"the text has more characters than that; at least {least[1]} are needed"
+        else:
+            advice = f"at most {most[1]} are possible" if most else "give more text"
+            reason = f"the text is too short for so many pieces; {advice}"
+        raise UsageError(f"--train-tokenizer {vocab_size}: {reason}") from error
     data = model.getvalue()
     return {
         "tokenizer.model": data,
