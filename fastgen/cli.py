@@ -198,6 +198,8 @@ def run(command: Callable[[], int], *, prog: str) -> NoReturn:
             raise
         sys.stderr.write(f"{prog}: {error}\n")
         status = error.exit_status
+    except KeyboardInterrupt:
+        status = INTERRUPTED
     except BrokenPipeError:
         # Whoever read stdout has seen enough; leave without Python's complaint when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = _prepare(config, ranks, device)
         with _meter(config, leads=ranks.leads) as meter:
             meter.note(run.describe())
-            _train(config, run, meter)
+            with cli.interruptible():
+                _train(config, run, meter)
         if config.json and ranks.leads:
             sys.stdout.write(json.dumps(_document(config, run)) + "\n")
     return 0

@@ -7,8 +7,9 @@ Ours are few and fused (letters: `fastgen.config`); a scheme says which foreign 
                 ffn_norm.weight [D]          w_gate_up.weight [2F, D]       w_down.weight [D, F]
                 q_norm.weight, k_norm.weight [d] (config.qk_norm)
 
-A linear's `.bias` has its weight's rows. `assemble` is the only way from a file's tensors to a model's: what it
-returns fits the config, and everything that does not fit comes in one error.
+A linear's `.bias` has its weight's rows. A quantized linear has, in place of `.weight`, the tensors that
+`quantize.int8` or `quantize.int4` lists. `assemble` is the only way from a file's tensors to a model's: what it returns
+fits the config, and everything that does not fit comes in one error.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,11 +18,14 @@ from pathlib import Path
 
 import torch
 
+from fastgen.checkpoint.compressed_tensors import Int8Weight, ZeroPoints, stored_shapes
 from fastgen.checkpoint.lazy import Concat, HalfSplit, LazyTensor
 from fastgen.config import ModelConfig
 from fastgen.errors import ModelFileError
+from quantize.format import WeightFormat
 
 Shape = tuple[int, ...]
+Parts = list[tuple[str, Shape]]
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHOWN = 8  # names that an error lists before it only counts
@@ -91,21 +95,80 @@ GGUF_LLAMA = Scheme(model=GGUF_NEOX.model, layer_prefix=GGUF_NEOX.layer_prefix, 
 
 
 def assemble(
-    config: ModelConfig, foreign: Mapping[str, LazyTensor], scheme: Scheme, source: Path
+    config: ModelConfig,
+    foreign: Mapping[str, LazyTensor],
+    scheme: Scheme,
+    source: Path,
+    formats: Mapping[str, WeightFormat] | None = None,
 ) -> dict[str, LazyTensor]:
     """Return the tensors of a model with `config` by our names, composed of those that `source` holds.
 
-    Raises one `ModelFileError` that names, as the file does, all missing, unexpected and unfit tensors.
+    `formats` are those of our linears that are quantized, by our names (`fused_formats`). Raises one `ModelFileError`
+    that names, as the file does, all missing, unexpected and unfit tensors.
     """
     if config.n_layers > len(foreign):
         raise ModelFileError(
             f"{source}: {len(foreign)} tensors cannot make up the {config.n_layers} layers that the config asks for"
         )
-    wanted = {ours: _foreign_parts(ours, shapes, scheme) for ours, shapes in _part_shapes(config)}
+    formats = formats or {}
+    wanted: dict[str, Parts] = {}
+    for ours, shapes in _part_shapes(config):
+        module, leaf = ours.rsplit(".", 1)
+        parts = _foreign_parts(ours, shapes, scheme)
+        quantized = formats.get(module) if leaf == "weight" else None
+        wanted |= _stored(module, parts, quantized) if quantized else {ours: parts}
     _check({name: shape for parts in wanted.values() for name, shape in parts}, foreign, config, scheme, source)
-    return {
+    tensors = {
         ours: _compose(ours, [foreign[name] for name, _ in parts], config, scheme) for ours, parts in wanted.items()
     }
+    for module, weight_format in formats.items():
+        if weight_format.bits == 8:
+            columns = linear_columns(config)[module.rpartition(".")[2]]
+            tensors[f"{module}.weight"] = Int8Weight(tensors.pop(f"{module}.weight_packed"), columns)
+    return tensors
+
+
+def linear_columns(config: ModelConfig) -> dict[str, int]:
+    """Return the width of every kind of linear, by the last part of its name; a head that is tied counts."""
+    return {
+        "wqkv": config.dim,
+        "wo": config.q_dim,
+        "w_gate_up": config.dim,
+        "w_down": config.hidden_dim,
+        "lm_head": config.dim,
+    }
+
+
+def linear_parts(config: ModelConfig, scheme: Scheme) -> dict[str, tuple[str, ...]]:
+    """Return every linear of a model by our name, with the foreign linears that are its rows."""
+    blocks = [name for name in linear_columns(config) if name in scheme.layer]
+    parts = {
+        f"layers.{layer}.{name}": tuple(scheme.layer_prefix.format(layer) + theirs for theirs in scheme.layer[name])
+        for layer in range(config.n_layers)
+        for name in blocks
+    }
+    return parts | {"lm_head": (scheme.model["lm_head"],)}
+
+
+def fused_formats(
+    config: ModelConfig, scheme: Scheme, formats: Mapping[str, WeightFormat], source: Path
+) -> dict[str, WeightFormat]:
+    """Return the formats of our linears from those of the foreign ones, of which each is made up.
+
+    Raises `ModelFileError` where the parts of one differ, or where a group does not divide its width.
+    """
+    fused = {}
+    for ours, parts in linear_parts(config, scheme).items():
+        found = {formats.get(part) for part in parts}
+        if len(found) > 1:
+            shown = ", ".join(f"{part}: {formats.get(part) or 'not quantized'}" for part in parts)
+            raise ModelFileError(f"{source}: linears that are computed as one are quantized differently: {shown}")
+        weight_format, columns = found.pop(), linear_columns(config)[ours.rpartition(".")[2]]
+        if weight_format and weight_format.group_size and columns % weight_format.group_size:
+            raise ModelFileError(f"{source}: {parts[0]} has {columns} columns, which {weight_format} does not divide")
+        if weight_format and not (ours == "lm_head" and config.tie_embeddings):
+            fused[ours] = weight_format
+    return fused
 
 
 def main_dtype(tensors: Iterable[LazyTensor]) -> torch.dtype:
@@ -152,7 +215,16 @@ def _layer_part_shapes(config: ModelConfig) -> Iterator[tuple[str, list[Shape]]]
         yield f"{name}.weight", [(size,)]
 
 
-def _foreign_parts(ours: str, shapes: Sequence[Shape], scheme: Scheme) -> list[tuple[str, Shape]]:
+def _stored(module: str, parts: Parts, weight_format: WeightFormat) -> dict[str, Parts]:
+    """Return the tensors that hold a quantized weight, each with its parts, from the parts of the plain weight."""
+    stored: dict[str, Parts] = {}
+    for name, (rows, columns) in parts:
+        for leaf, shape in stored_shapes(weight_format, rows, columns).items():
+            stored.setdefault(f"{module}.{leaf}", []).append((f"{name.rpartition('.')[0]}.{leaf}", shape))
+    return stored
+
+
+def _foreign_parts(ours: str, shapes: Sequence[Shape], scheme: Scheme) -> Parts:
     """Return the foreign name and the shape of every part of our tensor `ours`."""
     module, leaf = ours.rsplit(".", 1)
     if module in scheme.model:
