@@ -165,13 +165,15 @@ def _llama3_scaling(tensors: Mapping[str, LazyTensor], head_dim: int, theta: flo
     factors = tensors[ROPE_FREQS][:].double()
     if bool((factors == 1).all()):
         return None
-    scaling = RopeScaling(kind="llama3", factor=float(factors.max()), original_max_seq_len=LLAMA3_CONTEXT)
-    if math.isinf(scaling.factor) or not torch.allclose(factors, _llama3_divisors(scaling, head_dim, theta), rtol=1e-5):
-        raise ModelFileError(
-            f"tensor {ROPE_FREQS!r} is not what Llama 3.1 to 3.3 have (original context {LLAMA3_CONTEXT}, frequency "
-            "factors 1 and 4); other frequency factors are not supported"
-        )
-    return scaling
+    largest = float(factors.max())
+    if 1 <= largest < math.inf:
+        scaling = RopeScaling(kind="llama3", factor=largest, original_max_seq_len=LLAMA3_CONTEXT)
+        if torch.allclose(factors, _llama3_divisors(scaling, head_dim, theta), rtol=1e-5):
+            return scaling
+    raise ModelFileError(
+        f"tensor {ROPE_FREQS!r} is not what Llama 3.1 to 3.3 have (original context {LLAMA3_CONTEXT}, frequency "
+        "factors 1 and 4); other frequency factors are not supported"
+    )
 
 
 def _llama3_divisors(scaling: RopeScaling, head_dim: int, theta: float) -> torch.Tensor:
