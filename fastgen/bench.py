@@ -85,13 +85,16 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> list["Record
 
 def _load(config: BenchConfig, name: str, placement: "Placement", phases: cli.Phases) -> "LoadedModel":
     from fastgen import session
-    from fastgen.load import random_model
+    from fastgen.load import make_scheme, random_model
     from fastgen.shapes import shape
 
     if not config.shape:
         return session.load(config, phases, name)
     with phases.phase("load", name):
-        return random_model(shape(name), placement)
+        scheme = make_scheme(
+            config.quant, group_size=config.group_size, symmetric=config.symmetric, keep=config.keep
+        )
+        return random_model(shape(name), placement, scheme=scheme)
 
 
 def _show(config: BenchConfig, records: list["Record"]) -> None:

@@ -18,7 +18,6 @@ from fastgen.engine import Engine
 from fastgen.load import LoadedModel
 from fastgen.report import Spread, spread, versions
 
-FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ def record(
     return Record(
         system=system,
         model=name,
-        format=FORMATS[model.placement.dtype],
+        format=model.format,
         mode=mode,
         world_size=1,
         batch=batch,

@@ -31,12 +31,18 @@ def flag(default: Any, text: str, *, aliases: Sequence[str] = (), negation: str 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ComputeFlags:
+class PlacementFlags:
     """Where to compute, in which precision."""
 
-    compile: bool = flag(False, "compile with torch.compile", aliases=["compile-prefill"])
     device: str | None = flag(None, "cuda, cuda:N or cpu (default: cuda where there is one)", metavar="D")
     dtype: str | None = flag(None, "precision (default: bf16 where it is native)", choices=("bf16", "fp16", "fp32"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeFlags(PlacementFlags):
+    """How to compute."""
+
+    compile: bool = flag(False, "compile with torch.compile", aliases=["compile-prefill"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,8 +60,8 @@ class SeedFlags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFlags(ComputeFlags, TokenizerFlags):
-    """Which model, in which form, where."""
+class SourceFlags(TokenizerFlags):
+    """Which model."""
 
     model: str = flag(
         "stories",
@@ -65,10 +71,22 @@ class ModelFlags(ComputeFlags, TokenizerFlags):
     )
     revision: str | None = flag(None, "the hub's revision of --model", metavar="R")
     offline: bool = flag(False, "never ask the network")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantFlags:
+    """In which form its weights are."""
+
     quant: str | None = flag(None, "quantize the weights at load", choices=("int8", "int4", "q8_0"))
     group_size: int = flag(128, "int4: weights that share a scale", choices=(32, 64, 128, 256))
     symmetric: bool = flag(False, "int4: without zero points", negation="asymmetric")
     keep: str | None = flag(None, "formats of single weights, as in lm_head=bf16,layers.0=int8", metavar="RULES")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags(SourceFlags, QuantFlags, ComputeFlags):
+    """A model to generate with."""
+
     kv_cache: str | None = flag(None, "format of the KV cache", choices=("int8",))
     fail_on_recompile: bool = flag(False, "with --compile: end with an error if anything compiles after the start")
     max_seq_len: int | None = flag(
@@ -118,6 +136,23 @@ class ChatFlags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderFlags:
+    """Where a command that makes a model puts it."""
+
+    out: str | None = flag(None, "the folder to write, a Hugging Face model", metavar="DIR")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFlags:
+    """Texts to learn from, or to measure on."""
+
+    text: tuple[str, ...] = flag(
+        (), "UTF-8 files; for training, lines of <|endoftext|> divide documents", action="extend", nargs="+",
+        metavar="FILE",
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputFlags:
     """What a command prints."""
 
@@ -125,7 +160,7 @@ class OutputFlags:
     debug: bool = flag(False, "show tracebacks")
 
 
-UNBUILT = ("revision", "quant", "keep", "kv_cache", "draft", "speculate", "accept")
+UNBUILT = ("revision", "kv_cache", "draft", "speculate", "accept")
 """Flags that exist from the start and are refused until what they name is built."""
 
 

@@ -5,29 +5,34 @@ model.transformer, model.tokenizer, model.config
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastgen.checkpoint.detect import open_checkpoint
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
 from fastgen.config import ModelConfig
 from fastgen.device import Placement, choose_placement
-from fastgen.errors import CapacityError, ModelFileError
+from fastgen.errors import CapacityError, ModelFileError, UsageError
 from fastgen.model import Transformer
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.byte_tokens import ByteTokenizer
 from fastgen.tokenizer.open import check_vocabulary, open_tokenizer
+from quantize.format import WeightFormat
+from quantize.linear import make_linear, quantize_weight, scale_dtype
+from quantize.scheme import Scheme, contradiction, describe
 
 ASSETS = Path(__file__).with_name("assets")
 EMBEDDED = ("stories", "stories-draft")
 """Models that come with the package, trained by `scripts/make_stories`; the draft has the target's vocabulary."""
 
 Progress = Callable[[int, int], None]
-"""Called with the number of tensors that are loaded, and of all."""
+"""Called with the number of modules that are loaded, and of all."""
+
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,12 @@ class LoadedModel:
     tokenizer: Tokenizer
     checkpoint: Checkpoint
     placement: Placement
+    formats: Mapping[str, WeightFormat] = field(default_factory=dict)  # of the linears that are quantized, by name
+
+    @property
+    def format(self) -> str:
+        """What the weights are stored in, in a word or two: `bf16`, or `int4-g128-asym, int8`."""
+        return describe(self.formats) or SHORT[self.placement.dtype]
 
     @property
     def config(self) -> ModelConfig:
@@ -56,6 +67,10 @@ def load_model(
     tokenizer: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    quant: str | None = None,
+    group_size: int = 128,
+    symmetric: bool = False,
+    keep: str | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a model: a folder, a single file, or a built-in name: `stories`, `stories-draft`, `smollm2`.
@@ -63,38 +78,80 @@ def load_model(
     Args:
         tokenizer: a tokenizer's file or folder, by default the checkpoint's own.
         device, dtype: see `fastgen.device.choose_placement`.
+        quant, group_size, symmetric, keep: quantize the weights of a plain checkpoint, see `quantize.scheme.Scheme`;
+            one that is quantized needs no `quant`, and refuses another than its own.
 
     Raises:
         ModelFileError, UsageError, CapacityError: see `fastgen.errors`.
     """
+    scheme = make_scheme(quant, group_size=group_size, symmetric=symmetric, keep=keep)
     placement = choose_placement(device, dtype)
     checkpoint = open_checkpoint(resolve(source))
+    formats = choose_formats(checkpoint, scheme)
     words = open_tokenizer(Path(tokenizer)) if tokenizer else checkpoint.open_tokenizer()
     check_vocabulary(words, checkpoint.config.vocab_size, Path(tokenizer) if tokenizer else checkpoint.path)
-    transformer = build(checkpoint.config, checkpoint.tensors, placement, progress)
-    return LoadedModel(transformer=transformer, tokenizer=words, checkpoint=checkpoint, placement=placement)
+    transformer = build(
+        checkpoint.config, checkpoint.tensors, placement, progress, formats=formats, scales=scale_dtype(checkpoint.dtype)
+    )
+    return LoadedModel(
+        transformer=transformer, tokenizer=words, checkpoint=checkpoint, placement=placement, formats=formats
+    )
 
 
-def random_model(config: ModelConfig, placement: Placement, *, seed: int = 0) -> LoadedModel:
+def make_scheme(quant: str | None, *, group_size: int, symmetric: bool, keep: str | None) -> Scheme | None:
+    """Return how to quantize by these flags, None for not at all; raises `UsageError` for what does not fit."""
+    if quant is None:
+        if keep is not None:
+            raise UsageError(f"--keep {keep}: only with --quant")
+        return None
+    return Scheme(quant=quant, group_size=group_size, symmetric=symmetric, keep=keep)
+
+
+def choose_formats(checkpoint: Checkpoint, scheme: Scheme | None) -> Mapping[str, WeightFormat]:
+    """Return the formats that a checkpoint's linears are to have in memory: its own, if it is quantized.
+
+    Raises `UsageError` where `scheme` asks a quantized checkpoint for others.
+    """
+    if not checkpoint.formats:
+        return scheme.formats(checkpoint.config) if scheme else {}
+    difference = contradiction(scheme, checkpoint.config, checkpoint.formats) if scheme else None
+    if scheme and difference:
+        raise UsageError(
+            f"--quant {scheme.quant}: {checkpoint.path} is quantized already: {difference}\n"
+            "Leave --quant out, or give the model that it was made from"
+        )
+    return checkpoint.formats
+
+
+def random_model(
+    config: ModelConfig, placement: Placement, *, seed: int = 0, scheme: Scheme | None = None
+) -> LoadedModel:
     """Return a model of a shape with random weights, made on the device; its tokens are bytes."""
+    formats = scheme.formats(config) if scheme else {}
+    config = _untied(config, formats)
     with torch.device("meta"):
         transformer = Transformer(config).to(placement.dtype)
-    transformer = transformer.to_empty(device=placement.device)
-    if config.tie_embeddings:
-        transformer.lm_head.weight = transformer.embedding.weight
     generator = torch.Generator(placement.device).manual_seed(seed)
-    for name, parameter in transformer.named_parameters():
-        if "norm" in name:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0, 0.02, generator=generator)
+    for name, module in list(transformer.named_modules()):
+        if not list(module.parameters(recurse=False)):
+            continue
+        module.to_empty(device=placement.device, recurse=False)
+        for parameter in module.parameters(recurse=False):
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0, 0.02, generator=generator)
+        if name in formats:
+            stored = quantize_weight(name, module.weight, formats[name])
+            transformer.set_submodule(name, make_linear(formats[name], stored, module.bias, placement.dtype))
     checkpoint = Checkpoint(
         path=Path("random"), format="random", config=config, dtype=placement.dtype, tensors={},
         open_tokenizer=ByteTokenizer,
     )  # fmt: skip
     return LoadedModel(
-        transformer=transformer.eval(), tokenizer=ByteTokenizer(), checkpoint=checkpoint, placement=placement
-    )
+        transformer=_completed(transformer, placement), tokenizer=ByteTokenizer(), checkpoint=checkpoint,
+        placement=placement, formats=formats,
+    )  # fmt: skip
 
 
 def resolve(source: str | Path) -> Path:
@@ -119,28 +176,73 @@ def build(
     tensors: Mapping[str, LazyTensor],
     placement: Placement,
     progress: Progress | None = None,
+    *,
+    formats: Mapping[str, WeightFormat] | None = None,
+    scales: torch.dtype = torch.bfloat16,
 ) -> Transformer:
-    """Return a transformer whose parameters are read from `tensors`, one at a time, straight to the device."""
+    """Return a transformer whose parameters are read from `tensors`, module by module, straight to the device.
+
+    Linears that `formats` names are quantized on the way, with scales rounded to `scales`, unless they are already.
+    """
+    formats = formats or {}
+    config = _untied(config, formats)
     with torch.device("meta"):
         transformer = Transformer(config)
-    names = list(tensors)
-    for done, name in enumerate(names):
+    modules: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        modules.setdefault(owner, {})[leaf] = tensor
+    if "lm_head" in formats:
+        modules.setdefault("lm_head", modules["embedding"])
+    for done, (name, parts) in enumerate(modules.items()):
         if progress:
-            progress(done, len(names))
+            progress(done, len(modules))
         try:
-            weight = tensors[name][:].to(placement.device, placement.dtype)
+            _place(transformer, name, parts, placement, formats.get(name), scales)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise CapacityError(
-                f"out of memory on {placement.device} at {name}, tensor {done + 1} of {len(names)}\n"
-                "Use a smaller model or --dtype bf16"
+                f"out of memory on {placement.device} at {name}, module {done + 1} of {len(modules)}\n"
+                "Use a smaller model, --quant int4 or --dtype bf16"
             ) from error
-        owner, _, attribute = name.rpartition(".")
-        setattr(transformer.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
-    if config.tie_embeddings:
+    if progress:
+        progress(len(modules), len(modules))
+    return _completed(transformer, placement)
+
+
+def _place(
+    transformer: Transformer,
+    name: str,
+    parts: Mapping[str, LazyTensor],
+    placement: Placement,
+    weight_format: WeightFormat | None,
+    scales: torch.dtype,
+) -> None:
+    """Give one module its parameters, or put a quantized linear in its place."""
+    if weight_format is None:
+        module = transformer.get_submodule(name)
+        for leaf, tensor in parts.items():
+            value = tensor[:].to(placement.device, placement.dtype)
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        return
+    if "weight_scale" in parts:
+        stored: dict[str, Tensor] = {leaf: tensor[:].to(placement.device) for leaf, tensor in parts.items()}
+    else:
+        stored = quantize_weight(name, parts["weight"], weight_format, scales=scales, device=placement.device)
+        if "bias" in parts:
+            stored["bias"] = parts["bias"][:].to(placement.device)
+    linear = make_linear(weight_format, stored, stored.get("bias"), placement.dtype)
+    transformer.set_submodule(name, linear)
+
+
+def _untied(config: ModelConfig, formats: Mapping[str, WeightFormat]) -> ModelConfig:
+    """Return the config of a model whose head is quantized, and so no longer the embedding."""
+    return replace(config, tie_embeddings=False) if "lm_head" in formats else config
+
+
+def _completed(transformer: Transformer, placement: Placement) -> Transformer:
+    if transformer.config.tie_embeddings:
         transformer.lm_head.weight = transformer.embedding.weight
     transformer.rope.to(placement.device)
     left = [name for name, parameter in transformer.named_parameters() if parameter.is_meta]
     assert not left, f"the checkpoint gave no {', '.join(left)}"
-    if progress:
-        progress(len(names), len(names))
     return transformer.eval()

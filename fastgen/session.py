@@ -18,7 +18,17 @@ def load(config: cli.ModelFlags, phases: cli.Phases, name: str | None = None) ->
     """Load the model that the flags name (or `name`), with progress."""
     name = name or config.model
     with phases.phase("load", name) as advance:
-        return load_model(name, tokenizer=config.tokenizer, device=config.device, dtype=config.dtype, progress=advance)
+        return load_model(
+            name,
+            tokenizer=config.tokenizer,
+            device=config.device,
+            dtype=config.dtype,
+            quant=config.quant,
+            group_size=config.group_size,
+            symmetric=config.symmetric,
+            keep=config.keep,
+            progress=advance,
+        )
 
 
 def options(config: cli.SamplingFlags, *, ignore_eos: bool = False) -> GenerationOptions:

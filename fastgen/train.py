@@ -34,15 +34,12 @@ SOURCES = ("shape", "config", "init_from", "distill_from", "dtype")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(cli.ComputeFlags, cli.TokenizerFlags, cli.ShapeFlags, cli.SeedFlags, cli.OutputFlags):
+class TrainConfig(
+    cli.FolderFlags, cli.TextFlags, cli.ComputeFlags, cli.TokenizerFlags, cli.ShapeFlags, cli.SeedFlags, cli.OutputFlags
+):
     """The flags of `fastgen.train`."""
 
-    out: str | None = cli.flag(None, "the folder to write, a Hugging Face model", metavar="DIR")
     resume: bool = cli.flag(False, "go on with the unfinished run in --out")
-    text: tuple[str, ...] = cli.flag(
-        (), "UTF-8 files to learn from; lines of <|endoftext|> divide documents", action="extend", nargs="+",
-        metavar="FILE",
-    )  # fmt: skip
     tokens: str | None = cli.flag(None, "instead of --text: a token file of llm.c (uint16)", metavar="BIN")
     save_tokens: str | None = cli.flag(None, "write the text's tokens to a token file of llm.c", metavar="BIN")
     train_tokenizer: int | None = cli.flag(

@@ -196,10 +196,9 @@ class Decoder:
         self.length.fill_(PROMPT + 1)
 
 
-def bench_step(config: ModelConfig, limit: float, *, compiled: bool, trace: bool) -> dict[str, Any]:
-    """Time 200 tokens, steps of several tokens, and, if asked, the same under torch.compile."""
-    model = random_model(config)
-    decoder = Decoder(model)
+def bench_step(decoder: Decoder, limit: float) -> dict[str, Any]:
+    """Time 200 tokens, and steps of several tokens."""
+    model = decoder.model
     graph = capture(decoder.step)
     size = model.weight_bytes() + model.kv_bytes(PROMPT + NEW // 2)
     rates = []
@@ -207,15 +206,10 @@ def bench_step(config: ModelConfig, limit: float, *, compiled: bool, trace: bool
         decoder.restart()
         rates.append(NEW / timed(lambda: [graph.replay() for _ in range(NEW)]))
     rate = statistics.median(rates)
-    result = {
+    return {
         "bytes": size, "tokens_s": rate, "tokens_s_all": rates, "ms": 1e3 / rate, "share": size * rate / 1e9 / limit,
         "tokens_ms": bench_widths(decoder),
     }  # fmt: skip
-    if trace:
-        result["trace"] = trace_step(graph)
-    if compiled:
-        result["compiled"] = bench_compiled(decoder)
-    return result
 
 
 def bench_widths(decoder: Decoder) -> dict[int, float]:
@@ -228,8 +222,10 @@ def bench_widths(decoder: Decoder) -> dict[int, float]:
     return times
 
 
-def trace_step(graph: torch.cuda.CUDAGraph) -> list[dict[str, Any]]:
+def trace_step(decoder: Decoder) -> list[dict[str, Any]]:
     """Return the kernels of one replay with their number and time; under a profiler edges cost more."""
+    decoder.restart()
+    graph = capture(decoder.step)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         graph.replay()
@@ -300,13 +296,17 @@ def main() -> None:
     print(f"{results['environment']}\nread limit {limit:.0f} GB/s")
     for name in options.models:
         config = MODELS[name]
-        step = bench_step(config, limit, compiled=options.compile, trace=options.trace)
-        results["steps"][name] = step
+        decoder = Decoder(random_model(config))
+        step = results["steps"][name] = bench_step(decoder, limit)
         base = step["tokens_ms"][1]
         widths = ", ".join(f"{n}: {ms / base:.2f}x" for n, ms in step["tokens_ms"].items())
         print(f"{name}: {step['tokens_s']:.1f} tok/s, {step['share']:.1%} of the limit; steps of {widths}", flush=True)
+        if options.trace:
+            step["trace"] = trace_step(decoder)
         if options.compile:
+            step["compiled"] = bench_compiled(decoder)
             print(f"  compiled: {step['compiled']}", flush=True)
+        del decoder
         if options.no_stages:
             continue
         stages = results["stages"][name] = {}

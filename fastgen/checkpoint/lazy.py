@@ -6,7 +6,7 @@ Nothing else is read, so a tensor-parallel rank touches only its own slices, and
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from fastgen.config import ModelConfig
 from fastgen.files import RandomAccessFile
 from fastgen.tokenizer.base import Tokenizer
+from quantize.format import WeightFormat
 
 Bounds = tuple[tuple[int, int], ...]
 """For every dimension the first index and the one behind the last."""
@@ -120,3 +121,4 @@ class Checkpoint:
     dtype: torch.dtype  # that most of the weights are stored in (a dequantized file counts as float32)
     tensors: Mapping[str, LazyTensor]
     open_tokenizer: Callable[[], Tokenizer]
+    formats: Mapping[str, WeightFormat] = field(default_factory=dict)  # of the linears that it holds quantized

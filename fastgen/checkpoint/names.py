@@ -28,6 +28,8 @@ Shape = tuple[int, ...]
 Parts = list[tuple[str, Shape]]
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+PACKED_LEAVES = ("weight_packed", "weight_zero_point")  # int32
+SHAPE_LEAF = ".weight_shape"  # of a quantized weight; the config tells as much
 SHOWN = 8  # names that an error lists before it only counts
 
 
@@ -118,13 +120,18 @@ def assemble(
         quantized = formats.get(module) if leaf == "weight" else None
         wanted |= _stored(module, parts, quantized) if quantized else {ours: parts}
     _check({name: shape for parts in wanted.values() for name, shape in parts}, foreign, config, scheme, source)
-    tensors = {
-        ours: _compose(ours, [foreign[name] for name, _ in parts], config, scheme) for ours, parts in wanted.items()
-    }
-    for module, weight_format in formats.items():
-        if weight_format.bits == 8:
-            columns = linear_columns(config)[module.rpartition(".")[2]]
-            tensors[f"{module}.weight"] = Int8Weight(tensors.pop(f"{module}.weight_packed"), columns)
+    assert not (formats and scheme.interleaved), "the rows of packed weights are never permuted"
+    tensors: dict[str, LazyTensor] = {}
+    for ours, parts in wanted.items():
+        module, leaf = ours.rsplit(".", 1)
+        found = [foreign[name] for name, _ in parts]
+        if leaf == "weight_zero_point":
+            weights = wanted[f"{module}.weight_packed"]
+            found = [ZeroPoints(part, shape[0]) for part, (_, shape) in zip(found, weights, strict=True)]
+        elif leaf == "weight_packed" and formats[module].bits == 8:
+            ours, width = f"{module}.weight", linear_columns(config)[module.rpartition(".")[2]]
+            found = [Int8Weight(part, width) for part in found]
+        tensors[ours] = _compose(ours, found, config, scheme)
     return tensors
 
 
@@ -150,6 +157,14 @@ def linear_parts(config: ModelConfig, scheme: Scheme) -> dict[str, tuple[str, ..
     return parts | {"lm_head": (scheme.model["lm_head"],)}
 
 
+def part_rows(config: ModelConfig, kind: str) -> list[int]:
+    """Return the rows of each foreign part of a kind of module, empty where there is but one."""
+    return {
+        "wqkv": [config.q_dim, config.kv_dim, config.kv_dim],
+        "w_gate_up": [config.hidden_dim, config.hidden_dim],
+    }.get(kind, [])
+
+
 def fused_formats(
     config: ModelConfig, scheme: Scheme, formats: Mapping[str, WeightFormat], source: Path
 ) -> dict[str, WeightFormat]:
@@ -172,9 +187,11 @@ def fused_formats(
 
 
 def main_dtype(tensors: Iterable[LazyTensor]) -> torch.dtype:
-    """Return the dtype that most of the elements of `tensors` have."""
+    """Return the float dtype that most of the elements of `tensors` have."""
     counts: dict[torch.dtype, int] = {}
     for tensor in tensors:
+        if tensor.dtype not in WEIGHT_DTYPES:
+            continue  # packed
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
     return max(counts, key=lambda dtype: counts[dtype])
 
@@ -253,18 +270,23 @@ def _check(
     # A head beside tied embeddings is a copy that some writers leave; Transformers does not read it either.
     head = {f"{scheme.model['lm_head']}.weight"} if config.tie_embeddings else set()
     known = head.union(wanted)
+    ignored = (*scheme.ignored, *([SHAPE_LEAF] if any(name.endswith(PACKED_LEAVES) for name in wanted) else []))
     problems = {
         "missing tensors": [name for name in wanted if name not in foreign],
-        "unexpected tensors": [name for name in foreign if name not in known and not name.endswith(scheme.ignored)],
+        "unexpected tensors": [name for name in foreign if name not in known and not name.endswith(ignored)],
         "tensors that do not fit the config": [
             f"{name} is {_describe(foreign[name])} where {list(shape)} is expected"
             for name, shape in wanted.items()
-            if name in foreign and (foreign[name].shape != shape or foreign[name].dtype not in WEIGHT_DTYPES)
+            if name in foreign and (foreign[name].shape != shape or foreign[name].dtype not in _dtypes(name))
         ],
     }
     found = [f"{kind} ({len(names)}): {shortened(names)}" for kind, names in problems.items() if names]
     if found:
         raise ModelFileError(f"{source}: " + "\n".join(found))
+
+
+def _dtypes(name: str) -> tuple[torch.dtype, ...]:
+    return (torch.int32,) if name.endswith(PACKED_LEAVES) else WEIGHT_DTYPES
 
 
 def _describe(tensor: LazyTensor) -> str:

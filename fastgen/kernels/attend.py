@@ -23,11 +23,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastgen.kernels.launch import dependent_launch, next_power_of_two, split_count, workspace
+from fastgen.kernels import launch
 
 ROWS = 16  # rows of a program, the smallest tile of the tensor cores
 TILE = 64  # positions
 WARPS = 8
+REGISTERS = 168  # a thread; what is left lets the next kernel copy its first weights meanwhile
 
 
 @torch.library.custom_op("fastgen::attend", mutates_args=("k_cache", "v_cache"))
@@ -55,16 +56,16 @@ def attend(
     B, T, width = qkv.shape
     K, S, d = k_cache.shape[1:]
     H = width // d - 2 * K
-    splits, groups = split_count(K), triton.cdiv(T * (H // K), ROWS)
+    splits, groups = launch.split_count(K), triton.cdiv(T * (H // K), ROWS)
     out = torch.empty(B, T, H * d, dtype=qkv.dtype, device=qkv.device)
     cells = B * K * groups
     partial = torch.empty(cells * splits * ROWS * (d + 2), dtype=torch.float32, device=qkv.device)
-    launch = dependent_launch(qkv.device)
+    dependent = launch.dependent_launch(qkv.device)
     attend_kernel[(cells, splits)](
         qkv.contiguous(), k_cache, v_cache, positions.contiguous(), rope.contiguous(), q_norm, k_norm,
-        out, partial, workspace(qkv.device), eps, scale * 1.4426950408889634, window, T, S,
-        K=K, G=H // K, D=d, HALF=max(16, next_power_of_two(d // 2)), ROWS=ROWS, TILE=TILE, SPLITS=splits,
-        NORM=q_norm is not None, PDL=bool(launch), num_warps=WARPS, num_stages=1, **launch,
+        out, partial, launch.workspace(qkv.device), eps, scale * 1.4426950408889634, window, T, S,
+        K=K, G=H // K, D=d, HALF=max(16, launch.next_power_of_two(d // 2)), ROWS=ROWS, TILE=TILE, SPLITS=splits,
+        NORM=q_norm is not None, PDL=bool(dependent), num_warps=WARPS, num_stages=1, maxnreg=REGISTERS, **dependent,
     )  # fmt: skip
     return out
 
@@ -213,13 +214,7 @@ def _add_shares(
     Four shares are loaded at a time; `.cg` because an L1 may hold what another layer left at these addresses.
     """
     row = tl.arange(0, ROWS)
-    part = tl.arange(0, SPLITS)
-    present = (part - lowest % SPLITS + SPLITS) % SPLITS < shares
-    tops = tl.load(
-        base + (part[:, None] * ROWS + row[None, :]) * (D + 2) + D, mask=present[:, None], other=float("-inf"),
-        cache_modifier=".cg",
-    )  # fmt: skip
-    top = tl.max(tops, axis=0)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
     sums = tl.zeros([ROWS], tl.float32)
     y1 = tl.zeros([ROWS, HALF], tl.float32)
     y2 = tl.zeros([ROWS, HALF], tl.float32)
@@ -229,11 +224,17 @@ def _add_shares(
             share = start + offset
             here = (share < SPLITS) & ((share - lowest % SPLITS + SPLITS) % SPLITS < shares)
             slot = base + (share * ROWS + row) * (D + 2)
-            level = tl.load(slot + D, mask=here, other=float("-inf"), cache_modifier=".cg")
-            weight = tl.exp2(level - top)
-            sums += weight * tl.load(slot + D + 1, mask=here, other=0.0, cache_modifier=".cg")
             value = slot[:, None] + half[None, :]
-            y1 += weight[:, None] * tl.load(value, mask=mine & here, other=0.0, cache_modifier=".cg")
-            y2 += weight[:, None] * tl.load(value + D // 2, mask=mine & here, other=0.0, cache_modifier=".cg")
+            a1 = tl.load(value, mask=mine & here, other=0.0, cache_modifier=".cg")
+            a2 = tl.load(value + D // 2, mask=mine & here, other=0.0, cache_modifier=".cg")
+            peak = tl.load(slot + D, mask=here, other=float("-inf"), cache_modifier=".cg")
+            mass = tl.load(slot + D + 1, mask=here, other=0.0, cache_modifier=".cg")
+            higher = tl.maximum(top, peak)
+            level = tl.where(higher == float("-inf"), 0.0, higher)
+            kept, weight = tl.exp2(top - level), tl.exp2(peak - level)
+            sums = sums * kept + weight * mass
+            y1 = y1 * kept[:, None] + weight[:, None] * a1
+            y2 = y2 * kept[:, None] + weight[:, None] * a2
+            top = higher
     tl.store(out_at, (y1 / sums[:, None]).to(out_at.dtype.element_ty), mask=mine)
     tl.store(out_at + D // 2, (y2 / sums[:, None]).to(out_at.dtype.element_ty), mask=mine)

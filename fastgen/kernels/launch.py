@@ -41,8 +41,8 @@ DEFAULT = (Shape(16, 4, 2, True), Shape(16, 4, 2, True), Shape(16, 3, 2, False))
 
 SHAPES: dict[str, dict[str, tuple[Shape, Shape, Shape]]] = {
     "NVIDIA H200": {
-        "norm": (Shape(16, 6, 2, True), Shape(32, 3, 2, False), Shape(32, 3, 2, False)),
-        "plain": (Shape(16, 6, 2, True), Shape(32, 4, 2, False), Shape(32, 4, 2, False)),
+        "norm": (Shape(16, 6, 2, True), Shape(64, 3, 1, False), Shape(64, 3, 1, False)),
+        "plain": (Shape(16, 6, 2, True), Shape(32, 4, 2, False), Shape(32, 4, 1, False)),
     },
 }
 """Shapes by GPU and by whether the input is normalized."""

@@ -10,7 +10,7 @@ memory never idles, not within a kernel and not between two.
   kernel ahead of it. The pipeliner puts the first copies in front of the loop, and the wait stands inside the
   loop's first round. The activations are what the kernel ahead wrote, so they may not run ahead with the
   weights: the pipeliner leaves a branch as it is, hence the one, always taken, that holds the wait and their
-  loads, a tile ahead of their use (EARLY). The tests look for this order in the compiled kernels.
+  load (EARLY). The tests look for this order in the compiled kernels.
 - A tile of K is cut into SPLITS parts, one a warp, as the batch of a batched `tl.dot`: mma.m16n8k16 with the tokens
   as its 8 columns (16 from 9 tokens on; fewer are repeated). A product's bits therefore depend on SPLITS and BLOCK
   alone, not on the number of tokens or on ROWS: a token that is verified among others gives what it gives alone.
@@ -62,7 +62,6 @@ def stream_product(  # noqa: PLR0912, PLR0915
         scale = rms_scale(x, token, tokens, eps, K, TILE, TOKENS)
     total = tl.zeros([SPLITS, ROWS, COLUMNS], tl.float32)
     squares = tl.zeros([TOKENS, TILE // 8], tl.float32)
-    upcoming = tl.zeros([LOADED, TILE], x.dtype.element_ty)
     for i in tl.range(0, rounds, num_stages=STAGES):
         tile = i % TILES
         block = first + (i // TILES) * step
@@ -76,15 +75,9 @@ def stream_product(  # noqa: PLR0912, PLR0915
             if tokens > 0:
                 if i == 0:
                     gdc_wait()
-                    part = tl.load(x_at, mask=here, other=0.0)
-                else:
-                    part = upcoming
-                later = (i + 1) % TILES * TILE
-                later_here = (token < tokens)[:, None] & (k < K - later)[None, :]
-                upcoming = tl.load(x + token[:, None] * K + (later + k)[None, :], mask=later_here, other=0.0)
+                part = tl.load(x_at, mask=here, other=0.0)
             else:
                 part = tl.zeros([LOADED, TILE], x.dtype.element_ty)
-                upcoming = tl.zeros([LOADED, TILE], x.dtype.element_ty)
         else:
             part = tl.load(x_at, mask=here, other=0.0)
         if NORM:

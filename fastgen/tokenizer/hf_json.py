@@ -46,6 +46,10 @@ class HuggingFaceTokenizer(Tokenizer):
             settings=settings,
         )
 
+    def to_json(self) -> str:
+        """Return the content of a `tokenizer.json` for this tokenizer."""
+        return self._model.to_str()
+
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         self._model.encode_special_tokens = not parse_special
         return self._model.encode(text, add_special_tokens=False).ids

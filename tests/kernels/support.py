@@ -17,9 +17,15 @@ from triton.compiler import ASTSource
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device")
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py in a process of its own")
 compiled_ahead = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that needs a CUDA device, and skip it without one."""
+    missing = not torch.cuda.is_available() or INTERPRETED
+    return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs a CUDA device")(test))
+
 
 TARGETS = ((80, False), (90, True))
 """Compute capability, and whether programmatic dependent launch is there."""

@@ -1,0 +1,89 @@
+"""The stages together: what falls back to the reference, and that a chain of dependent launches loses nothing."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgen.config import ModelConfig
+from fastgen.kernels import fused, launch, reference
+from fastgen.model import Transformer
+from tests.kernels import support
+from tests.kernels.support import on_gpu
+
+CONFIG = ModelConfig(
+    dim=512, n_layers=6, n_heads=8, n_kv_heads=2, head_dim=64, hidden_dim=1408, vocab_size=4096, max_seq_len=512
+)
+
+
+def random_model(stages: object, device: str, dtype: torch.dtype) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(CONFIG, stages)
+    for name, parameter in model.named_parameters():
+        nn.init.constant_(parameter, 1.0) if "norm" in name else nn.init.normal_(parameter, std=512**-0.5)
+    model = model.to(device, dtype)
+    model.allocate_cache(1, 512)
+    return model
+
+
+def test_on_a_cpu_every_stage_is_the_references() -> None:
+    tokens, positions, keys = torch.arange(5)[None], torch.arange(5)[None], torch.arange(5)
+    outputs = []
+    for stages in (fused, reference):
+        model = random_model(stages, "cpu", torch.float32)
+        outputs.append(model.logits(model(tokens, positions, keys, torch.tensor([5]))))
+    assert torch.equal(*outputs)
+
+
+@on_gpu
+def test_prefill_widths_and_fp32_go_to_the_reference() -> None:
+    norm = support.norm(64, dtype=torch.bfloat16, device="cuda")
+    linear = support.linear(32, 64, bias=False, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(1, 17, 64, device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(fused.norm_linear(x, norm, linear), reference.norm_linear(x, norm, linear))
+    wide = torch.randn(1, 2, 64, device="cuda")
+    assert torch.equal(fused.norm_linear(wide, norm.float(), linear.float()), reference.norm_linear(wide, norm, linear))
+
+
+@on_gpu
+@torch.inference_mode()
+def test_a_graph_of_dependent_launches_gives_the_tokens_of_launches_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = random_model(fused, "cuda", torch.bfloat16)
+    fused.prepare(torch.device("cuda", 0))
+    token, position, length = (torch.zeros(shape, dtype=torch.int64, device="cuda") for shape in ((1, 1), (1, 1), (1,)))
+    keys = torch.arange(512, device="cuda")
+    history = torch.zeros(512, dtype=torch.int64, device="cuda")
+
+    def step() -> None:
+        hidden = model(token, position, keys, length)
+        token.copy_(fused.greedy_head(hidden, model.norm, model.lm_head))
+        history.scatter_(0, position[0], token[0])
+        position.add_(1)
+        length.add_(1)
+
+    def restart() -> None:
+        for tensor in (token, position, length):
+            tensor.zero_()
+        length.add_(1)
+
+    def alone() -> Tensor:
+        restart()
+        for _ in range(400):
+            step()
+            torch.cuda.synchronize()
+        return history.clone()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "dependent_launch", lambda device: {})
+        expected = alone()
+    assert torch.equal(alone(), expected), "dependent launches, one step at a time"
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    history.fill_(-7)
+    restart()
+    for _ in range(400):
+        graph.replay()
+    assert torch.equal(history, expected), "a graph, replayed without a pause"
