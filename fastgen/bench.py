@@ -6,12 +6,12 @@ Prints a table; `--json` adds the records as the last line, `--output` writes th
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgen import cli
-from fastgen.errors import UsageError
+from fastgen.errors import INTERRUPTED, UsageError
 
 if TYPE_CHECKING:
     from fastgen.benchmark import Record
@@ -37,21 +37,46 @@ class BenchConfig(cli.ModelFlags, cli.ShapeFlags, cli.OutputFlags):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     config = cli.parse(BenchConfig, argv, prog=PROG, description="Measure decode speed beside its limit.")
+    _check(config)
+    records: list[Record] = []
+    status, phases = 0, cli.Phases()
+    try:
+        with cli.interruptible():
+            for name in config.shape or (config.model,):
+                records.extend(_measure(config, name, phases))
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    _show(config, records)
+    return status
+
+
+def _check(config: BenchConfig) -> None:
+    """Raise `UsageError` before anything is measured that would be lost."""
+    from fastgen.shapes import shape
+
     unknown = [mode for mode in config.modes.split(",") if mode not in ("eager", "compile")]
     if unknown:
         raise UsageError(f"--modes {config.modes}: {unknown[0]!r} is none of eager, compile")
     if min(config.batch, config.prompt_tokens, config.repeats) < 1 or config.new_tokens < 2:
         raise UsageError("--batch, --prompt-tokens and --repeats are at least 1, --new-tokens at least 2")
-    records: list[Record] = []
-    phases = cli.Phases()
-    for name in config.shape or (config.model,):
-        records += _measure(config, name, phases)
-    _show(config, records)
-    return 0
+    if config.baseline and config.batch > 1:
+        raise UsageError("--baseline transformers: compared at --batch 1 only")
+    cli.refuse(config, ["compile"], "--modes says what is measured, compile among it")
+    cli.refuse(config, ["max_seq_len"], "it follows from --prompt-tokens and --new-tokens")
+    cli.refuse(config, ["fail_on_recompile"], "the records count recompiles")
+    if config.shape:
+        cli.refuse(config, ["model", "tokenizer"], "a --shape has random weights")
+    for name in config.shape:
+        shape(name)
+    if config.output:
+        try:
+            Path(config.output).touch()
+        except OSError as error:
+            raise UsageError(f"--output {config.output}: cannot be written: {error.strerror}") from error
 
 
-def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> list["Record"]:
-    """Return the records of one model, every mode in turn."""
+def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Record"]:
+    """Yield the records of one model, every mode in turn."""
     from fastgen.baseline import time_transformers
     from fastgen.benchmark import Timing, record, time_engine
     from fastgen.device import choose_placement
@@ -67,20 +92,16 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> list["Record
             model, timing, system=system, name=name, mode=mode, batch=config.batch, read_limit=limit, **workload
         )
 
-    records = []
     for mode in config.modes.split(","):
         with phases.phase(mode, name):
             timing = time_engine(
                 model, compile=mode == "compile", batch=config.batch, repeats=config.repeats, **workload
             )
-        records.append(row(timing, "fastgen", mode))
-    if config.baseline and config.batch > 1:
-        raise UsageError("--baseline transformers: compared at --batch 1 only")
+        yield row(timing, "fastgen", mode)
     if config.baseline:
         with phases.phase("baseline", "transformers"):
             timing = time_transformers(model.config, placement, compiled=True, repeats=config.repeats, **workload)
-        records.append(row(timing, "transformers", "compile" if placement.device.type == "cuda" else "static cache"))
-    return records
+        yield row(timing, "transformers", "compile" if placement.device.type == "cuda" else "static cache")
 
 
 def _load(config: BenchConfig, name: str, placement: "Placement", phases: cli.Phases) -> "LoadedModel":
@@ -91,9 +112,7 @@ def _load(config: BenchConfig, name: str, placement: "Placement", phases: cli.Ph
     if not config.shape:
         return session.load(config, phases, name)
     with phases.phase("load", name):
-        scheme = make_scheme(
-            config.quant, group_size=config.group_size, symmetric=config.symmetric, keep=config.keep
-        )
+        scheme = make_scheme(config.quant, group_size=config.group_size, symmetric=config.symmetric, keep=config.keep)
         return random_model(shape(name), placement, scheme=scheme)
 
 

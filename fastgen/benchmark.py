@@ -10,14 +10,11 @@ import itertools
 import time
 from dataclasses import asdict, dataclass
 
-import torch
-
 from fastgen.completion import GenerationOptions
 from fastgen.device import describe
 from fastgen.engine import Engine
 from fastgen.load import LoadedModel
 from fastgen.report import Spread, spread, versions
-
 
 
 @dataclass(frozen=True, kw_only=True)

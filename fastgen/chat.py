@@ -17,10 +17,11 @@ from fastgen.errors import INTERRUPTED, CapacityError, UsageError
 from fastgen.staged import staged_file
 
 if TYPE_CHECKING:
-    from fastgen.completion import Completion, GenerationOptions, TextStream
+    from fastgen.completion import Completion, TextStream
     from fastgen.conversation import Conversation
     from fastgen.engine import Engine
     from fastgen.load import LoadedModel
+    from fastgen.options import GenerationOptions
 
 PROG = "fastgen.chat"
 HELP = """\
@@ -51,11 +52,13 @@ class Turn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     config = cli.parse(ChatConfig, argv, prog=PROG, description="Chat with a model.")
+    if not config.compile:
+        cli.refuse(config, ["fail_on_recompile"], "only with --compile")
+    options = cli.generation_options(config)
 
     from fastgen import session
     from fastgen.conversation import Conversation
 
-    options = session.options(config)
     phases = cli.Phases()
     engine = _engine(config, session.load(config, phases))
     session.warm_up(engine, options, phases)
@@ -81,7 +84,7 @@ class Chat:
 
     def run(self) -> int:
         """Return the exit status of the chat."""
-        on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        on_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
         if on_terminal:
             import readline  # noqa: F401  (input() edits lines and remembers them once it is there)
 
@@ -185,6 +188,8 @@ class Chat:
 def _read_line(on_terminal: bool) -> str | None:
     """Return the next line, or None at the end; a piped one is shown nowhere and gets no prompt."""
     try:
+        if sys.stdin is None:
+            return None
         if not on_terminal:
             return sys.stdin.readline() or None
         return input("> ")

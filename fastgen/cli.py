@@ -9,14 +9,18 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
+import importlib.metadata
+import io
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from fastgen.errors import INTERRUPTED, FastgenError, UsageError
+from fastgen.errors import INTERRUPTED, CapacityError, FastgenError, UsageError
+from fastgen.options import GenerationOptions, SamplingOptions
 
 Config = TypeVar("Config")
 
@@ -153,11 +157,31 @@ class TextFlags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowFlags:
+    """How a text is read that a model is measured on."""
+
+    window: int = flag(512, "tokens that are read together (default 512)", type=int, metavar="N")
+    stride: int | None = flag(None, "tokens between windows (default: the window)", type=int, metavar="N")
+    max_tokens: int | None = flag(None, "measure on so many of the first tokens", type=int, metavar="N")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputFlags:
     """What a command prints."""
 
     json: bool = flag(False, "print one JSON document as the last line of stdout")
     debug: bool = flag(False, "show tracebacks")
+
+
+def generation_options(config: SamplingFlags, *, ignore_eos: bool = False) -> GenerationOptions:
+    """Return what these flags ask for; raises `UsageError` for a value out of its range."""
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    return GenerationOptions(
+        max_new_tokens=config.max_new_tokens,
+        stop=config.stop,
+        ignore_eos=ignore_eos,
+        sampling=SamplingOptions(**{name: getattr(config, name) for name in names}),
+    )
 
 
 UNBUILT = ("revision", "kv_cache", "draft", "speculate", "accept")
@@ -173,10 +197,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
-        for word in message.split():
-            close = difflib.get_close_matches(word.split("=")[0], known, n=1)
-            if word.startswith("--") and word not in known and close:
-                message += f"; did you mean {close[0]}?"
+        if message.startswith("unrecognized"):
+            for word in message.split():
+                close = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.75)
+                if word.startswith("--") and close:
+                    message += f"; did you mean {close[0]}?"
         self.exit(UsageError.exit_status, f"{self.prog}: {message} (--help lists all flags)\n")
 
 
@@ -200,7 +225,10 @@ def parse(config: type[Config], argv: Sequence[str] | None, *, prog: str, descri
                 action="store_false",
                 help=f"the opposite of {names[0]}",
             )
-    values = vars(parser.parse_args([_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]))
+    parser.add_argument("--version", action="version", version=_version())
+    known = {option for action in parser._actions for option in action.option_strings}
+    words = sys.argv[1:] if argv is None else argv
+    values = vars(parser.parse_args([_dashed(word, known) for word in words]))
     for name in UNBUILT:
         if values.get(name) not in (None, False):
             parser.error(f"--{name.replace('_', '-')}: not built yet; leave it out")
@@ -210,12 +238,26 @@ def parse(config: type[Config], argv: Sequence[str] | None, *, prog: str, descri
     return config(**values)
 
 
-def _dashed(word: str) -> str:
-    """Accept underscores in flags (`--max_new_tokens`), never touching values."""
-    if not word.startswith("--"):
-        return word
+def refuse(config: object, names: Sequence[str], reason: str) -> None:
+    """Raise `UsageError` if one of these flags was given another value than its default: it would have no effect."""
+    for entry in dataclasses.fields(config):  # type: ignore[arg-type]
+        if entry.name in names and getattr(config, entry.name) != entry.default:
+            raise UsageError(f"--{entry.name.replace('_', '-')}: {reason}")
+
+
+def _dashed(word: str, known: Container[str]) -> str:
+    """Accept underscores in flags (`--max_new_tokens`); what is no flag of ours is left alone, it may be a value."""
     name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
+    dashed = name.replace("_", "-")
+    return dashed + equals + value if dashed in known else word
+
+
+def _version() -> str:
+    found = []
+    for package in ("fastgen", "torch", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
 
 
 def run(command: Callable[[], int], *, prog: str) -> NoReturn:
@@ -225,6 +267,7 @@ def run(command: Callable[[], int], *, prog: str) -> NoReturn:
     libraries swallow a KeyboardInterrupt that reaches them while they are imported.
     """
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+    _mend_streams()
     try:
         status = command()
         sys.stdout.flush()
@@ -235,11 +278,26 @@ def run(command: Callable[[], int], *, prog: str) -> NoReturn:
         status = error.exit_status
     except KeyboardInterrupt:
         status = INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read stdout has seen enough; leave without Python's complaint when it flushes at exit.
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        status = 0  # whoever read stdout has seen enough
+        if error.errno == errno.ENOSPC:
+            sys.stderr.write(f"{prog}: stdout cannot be written: no space left\n")
+            status = CapacityError.exit_status
     sys.exit(status)
+
+
+def _mend_streams() -> None:
+    """Let closed streams swallow what is written, and a narrow encoding show what it has no characters for."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (it stays open for the process's life)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

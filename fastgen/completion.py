@@ -5,38 +5,13 @@ that may turn out to be the beginning of a stop string.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from fastgen.errors import UsageError
-from fastgen.sampling import SamplingOptions
+from fastgen.options import GenerationOptions
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.chat_template import render_chat
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """What to generate.
-
-    Attributes:
-        max_new_tokens: at most so many tokens; the model's end-of-text tokens end a text earlier.
-        stop: strings that end a text; they are not part of it.
-        ignore_eos: go on past the model's end-of-text tokens (benchmarks).
-        logprobs: also give the log-probability of every token, under the model before any filter.
-        sampling: how a token is chosen; greedy by default.
-    """
-
-    max_new_tokens: int = 200
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    logprobs: bool = False
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: expected at least 1")
-        if "" in self.stop:
-            raise UsageError("--stop: an empty string would end every text at once")
 
 
 @dataclass(frozen=True)
@@ -62,22 +37,39 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
     """
     if tokenizer.chat_template is None:
         raise UsageError("--chat: this model has no chat template; use it without, or choose a chat model")
-    # What a person writes must not turn into special tokens: their texts take the place of private characters while
-    # the template is rendered, and are encoded as ordinary text.
-    hidden = {chr(0xF0000 + at): special for at, special in enumerate(tokenizer.special)}
-    quoted = [message | {"content": _hide(message["content"], hidden)} for message in map(dict, messages)]
-    text = render_chat(
-        tokenizer.chat_template, quoted, special_tokens=tokenizer.template_tokens, add_generation_prompt=True
-    )
-    ids: list[int] = []
-    for part in re.split("([\U000f0000-\U000fffff])", text):
+    special = tokenizer.special
+    contents = "".join(message["content"] for message in messages)
+    if not any(text in contents for text in special):
+        text = _render(tokenizer, messages)
         # Templates write the beginning-of-sequence token themselves where the model wants one.
-        ids += tokenizer.encode(hidden.get(part, part), bos=False, parse_special=part not in hidden)
+        return tokenizer.encode(text, bos=False, parse_special=True)
+    # What a person writes must not turn into special tokens: theirs stand as private characters while the template
+    # is rendered, and become ordinary text again between those that the template has put there.
+    hidden = dict(zip(_unused_characters(contents), special, strict=False))
+    text = _render(tokenizer, [{**message, "content": _hide(message["content"], hidden)} for message in messages])
+    ids: list[int] = []
+    for part in re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", text):
+        if part in special:
+            ids.append(special[part])
+        elif part:
+            ids += tokenizer.encode("".join(hidden.get(character, character) for character in part), bos=False)
     return ids
 
 
+def _render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
+    assert tokenizer.chat_template is not None, "checked by the caller"
+    return render_chat(
+        tokenizer.chat_template, messages, special_tokens=tokenizer.template_tokens, add_generation_prompt=True
+    )
+
+
+def _unused_characters(text: str) -> Iterator[str]:
+    """Yield characters for private use that `text` does not hold."""
+    return (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+
+
 def _hide(content: str, hidden: Mapping[str, str]) -> str:
-    for character, special in hidden.items():
+    for character, special in sorted(hidden.items(), key=lambda item: len(item[1]), reverse=True):
         content = content.replace(special, character)
     return content
 

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+import psutil
 import torch
 
-from fastgen.errors import UsageError
+from fastgen.errors import CapacityError, UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -68,6 +69,26 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on the device."""
+    if device.type == "cuda":
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    return psutil.virtual_memory().available
+
+
+def require_memory(device: torch.device, need: int, what: str, way_out: str) -> None:
+    """Raise `CapacityError` if `need` bytes for `what` are not free; on a CPU no later failure would say so."""
+    free = free_memory(device)
+    if need > free:
+        raise CapacityError(
+            f"{what} needs {need / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free\nUse {way_out}"
+        )
 
 
 def synchronize(device: torch.device) -> None:

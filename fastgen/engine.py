@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.completion import Completion, GenerationOptions, TextStream
-from fastgen.device import synchronize
-from fastgen.errors import CapacityError, ModelFileError, UsageError
+from fastgen.completion import Completion, TextStream
+from fastgen.device import require_memory, synchronize
+from fastgen.errors import ModelFileError, UsageError
 from fastgen.load import LoadedModel, Progress
-from fastgen.sampling import INVALID_TOKEN, SamplingOptions
+from fastgen.options import GenerationOptions, SamplingOptions
+from fastgen.sampling import INVALID_TOKEN, knobs_of
 from fastgen.steps import CHUNKS, Choice, Rows, Steps, chunks
 
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -65,26 +66,21 @@ class Engine:
         limit = model.config.max_seq_len
         if max_seq_len is not None and not 2 <= max_seq_len <= limit:
             raise UsageError(f"--max-seq-len {max_seq_len}: expected 2 to {limit}, which the model was made for")
+        if batch < 1:
+            raise UsageError(f"batch {batch}: expected at least 1")
         self.model = model
         self.batch = batch
         self.max_seq_len = max_seq_len or min(limit, DEFAULT_MAX_SEQ_LEN)
         self.device = model.placement.device
         self.timings = Timings()
-        # A padded last chunk reaches up to CHUNKS[-1] - 1 positions behind the prompt. The cache is a little longer
-        # still: reading all of it would be a special case to the compiler, and so another graph.
+        # A padded last chunk reaches up to CHUNKS[-1] - 1 positions behind the prompt.
         self._reach = -(-self.max_seq_len // CHUNKS[-1]) * CHUNKS[-1] + CHUNKS[-1]
-        capacity = self._reach + CHUNKS[-1]
-        try:
-            model.transformer.allocate_cache(batch, capacity)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            need = model.transformer.kv_bytes(capacity) * batch / 1e9
-            raise CapacityError(
-                f"a KV cache of {batch} x {self.max_seq_len} tokens needs {need:.1f} GB on {self.device}, "
-                "which is not free\nUse a smaller --max-seq-len"
-            ) from error
-        self._steps = Steps(model.transformer, self._reach, compiled=compile)
         self._texts: list[list[int]] = []  # tokens of each row; the cache holds all but perhaps the last
+        self._token = object()  # says that the model's cache is ours
+        self._generation: object = None  # which one the cache's content belongs to
         self._warm_count = 0
+        self._own_cache()
+        self._steps = Steps(model.transformer, self._reach, compiled=compile)
 
     @property
     def compiled(self) -> bool:
@@ -93,7 +89,7 @@ class Engine:
 
     @property
     def recompiles(self) -> int:
-        """Graphs that were compiled or captured since `warm_up`; there should never be one."""
+        """Graphs that this process has compiled or captured since `warm_up`; there should never be one."""
         return self._steps.count() - self._warm_count
 
     def warm_up(self, options: GenerationOptions | None = None, progress: Progress | None = None) -> None:
@@ -111,6 +107,24 @@ class Engine:
         synchronize(self.device)
         self._texts = []
         self._warm_count = self._steps.count()
+
+    def _own_cache(self) -> bool:
+        """Allocate the model's cache for this engine, if another engine has taken it since; returns whether it had.
+
+        Raises:
+            CapacityError: the memory is not there.
+        """
+        transformer = self.model.transformer
+        if transformer.cache_owner is self._token:
+            return False
+        capacity = self._reach + CHUNKS[-1]  # more than any step reads, see `Steps`
+        need = transformer.kv_bytes(capacity) * self.batch
+        require_memory(
+            self.device, need, f"a KV cache of {self.batch} x {self.max_seq_len} tokens", "a smaller --max-seq-len"
+        )
+        transformer.allocate_cache(self.batch, capacity, owner=self._token)
+        self._texts = []
+        return True
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions | None = None
@@ -140,9 +154,7 @@ class Engine:
         the rows for the noise, so that equal prompts give different texts (by default 0, 1, ...).
         """
         options = options or GenerationOptions()
-        encode = self.model.tokenizer.encode
-        ids = [encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-        self._check(ids)
+        ids = self.encode(prompts)
         rows = [
             TextStream(
                 self.model.tokenizer, row, options, room=self.max_seq_len - len(row), stop_ids=self.model.stop_ids
@@ -168,6 +180,9 @@ class Engine:
 
         A row that is full or finished goes on giving tokens that mean nothing.
         """
+        if self._own_cache():
+            self._steps.forget()
+        generation = self._generation = object()
         timings = self.timings = Timings(start=time.perf_counter())
         start = self._reusable(prompts)
         self._texts = []
@@ -188,6 +203,11 @@ class Engine:
                 for text, token in zip(self._texts, step.tokens, strict=True):
                     text.append(token)
                 yield step
+                if self._generation is not generation or self.model.transformer.cache_owner is not self._token:
+                    raise UsageError(
+                        "this text cannot go on: another was begun on the same model, whose cache holds one\n"
+                        "Finish one before the next, or use Engine(batch=N)"
+                    )
             burst = self._steps.decode(filled + 1, options.sampling, logprobs=options.logprobs)
             filled += self._steps.burst
 
@@ -200,6 +220,7 @@ class Engine:
             positions=lengths,
             seed=torch.tensor(options.seed, device=self.device),
             samples=torch.tensor(samples, device=self.device),
+            knobs=torch.tensor(knobs_of(options), dtype=torch.float64, device=self.device),
             seen=self._seen(prompts, options),
         )
 
@@ -247,10 +268,18 @@ class Engine:
             seen[row, list(prompt)] = True
         return seen.to(self.device)
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        if len(prompts) != self.batch:
-            raise UsageError(f"{len(prompts)} prompts for an engine with a batch of {self.batch}")
-        for prompt in prompts:
+    def encode(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+        """Return the token ids of `batch` prompts, each a text or token ids already.
+
+        Raises:
+            UsageError: too few or too many prompts, an empty one, or one that leaves no room in `max_seq_len`.
+        """
+        if isinstance(prompts, str) or len(prompts) != self.batch:
+            found = "a text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+            raise UsageError(f"{found} for an engine with a batch of {self.batch}: expected a list of so many prompts")
+        encode = self.model.tokenizer.encode
+        ids = [encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        for prompt in ids:
             if not prompt:
                 raise UsageError("the prompt is empty, and the tokenizer puts nothing in front of it")
             if len(prompt) >= self.max_seq_len:
@@ -261,6 +290,7 @@ class Engine:
             wrong = [token for token in prompt if not 0 <= token < self.model.config.vocab_size]
             if wrong:
                 raise UsageError(f"token {wrong[0]} lies outside the vocabulary of {self.model.config.vocab_size}")
+        return ids
 
     def _not_finite(self, position: int) -> ModelFileError:
         return ModelFileError(

@@ -15,9 +15,10 @@ from fastgen import cli
 from fastgen.errors import INTERRUPTED, ModelFileError, UsageError
 
 if TYPE_CHECKING:
-    from fastgen.completion import Completion, GenerationOptions
+    from fastgen.completion import Completion
     from fastgen.engine import Engine
     from fastgen.load import LoadedModel
+    from fastgen.options import GenerationOptions
     from fastgen.report import Metrics
 
 PROG = "fastgen.generate"
@@ -45,21 +46,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--interactive: run python -m fastgen.chat, which takes the same model and sampling flags")
     if config.num_samples < 1:
         raise UsageError(f"--num-samples {config.num_samples}: expected at least 1")
+    if config.system is not None and not config.chat:
+        raise UsageError("--system: only with --chat")
+    if not config.compile:
+        cli.refuse(config, ["fail_on_recompile"], "only with --compile")
+    options = cli.generation_options(config, ignore_eos=config.ignore_eos)
     prompt = read_prompt(config)
 
     from fastgen import session
 
-    options = session.options(config, ignore_eos=config.ignore_eos)
     phases = cli.Phases()
     model = session.load(config, phases)
     tokens = encode_prompt(model, config, prompt)
     engine = _engine(model, config, tokens)
-
+    engine.encode([tokens] * engine.batch)
     session.warm_up(engine, options, phases)
     with _profile(config.profile):
         completions, interrupted = _generate(engine, config, options, tokens, prompt)
-    metrics = _measure(engine, completions, phases)
-    _report(model, config, prompt, completions, metrics)
+    if completions:
+        metrics = _measure(engine, completions, phases)
+        _report(model, config, prompt, completions, metrics)
     session.check_recompiles(config, engine)
     return INTERRUPTED if interrupted else 0
 
@@ -73,6 +79,8 @@ def read_prompt(config: GenerateConfig) -> str:
     if config.prompt_file is None and config.prompt != "-":
         return config.prompt
     try:
+        if config.prompt_file is None and sys.stdin is None:
+            raise UsageError("--prompt -: stdin is closed")
         if config.prompt_file is None:
             text = sys.stdin.buffer.read().decode()
         else:
@@ -87,8 +95,6 @@ def read_prompt(config: GenerateConfig) -> str:
 def encode_prompt(model: "LoadedModel", config: GenerateConfig, prompt: str) -> list[int]:
     """Return the prompt's token ids, through the chat template with `--chat`."""
     if not config.chat:
-        if config.system is not None:
-            raise UsageError("--system: only with --chat")
         return model.tokenizer.encode(prompt)
     from fastgen.completion import encode_chat
 
@@ -99,7 +105,7 @@ def encode_prompt(model: "LoadedModel", config: GenerateConfig, prompt: str) -> 
 def _engine(model: "LoadedModel", config: GenerateConfig, tokens: list[int]) -> "Engine":
     from fastgen.engine import Engine
 
-    needed = min(len(tokens) + config.max_new_tokens, model.config.max_seq_len)
+    needed = max(2, min(len(tokens) + config.max_new_tokens, model.config.max_seq_len))
     return Engine(model, batch=config.num_samples, max_seq_len=config.max_seq_len or needed, compile=config.compile)
 
 
@@ -113,10 +119,11 @@ def _generate(
     if live and config.echo:
         sys.stdout.write(prompt)
     streams: list[TextStream] = []
-    interrupted = False
+    interrupted, shown = False, 0
     try:
         with cli.interruptible():
             for piece in engine.stream([tokens] * engine.batch, options, streams=streams):
+                shown += len(piece.text)
                 if live:
                     sys.stdout.write(piece.text)
                     sys.stdout.flush()
@@ -124,7 +131,8 @@ def _generate(
         interrupted = True
     completions = [stream.completion() for stream in streams]
     if live:
-        sys.stdout.write("\n")
+        rest = "".join(completion.text[shown:] for completion in completions)  # held back for a stop string
+        sys.stdout.write(f"{rest}\n")
     elif not config.json:
         for number, completion in enumerate(completions, 1):
             title = f"--- sample {number}\n" if engine.batch > 1 else ""
@@ -144,10 +152,9 @@ def _measure(engine: "Engine", completions: list["Completion"], phases: cli.Phas
 
     return measure(
         engine,
+        completions,
         load_seconds=phases.seconds["load"],
         compile_seconds=phases.seconds.get("compile", 0.0),
-        prompt_tokens=len(completions[0].prompt_tokens),
-        new_tokens=max(len(completion.tokens) for completion in completions),
     )
 
 

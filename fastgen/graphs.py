@@ -39,6 +39,10 @@ class GraphDecoder:
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = None
 
+    def forget(self) -> None:
+        """Drop all graphs: the tensors that they read are gone."""
+        self._graphs.clear()
+
     def start(self, rows: Any) -> None:
         """Begin to decode from `rows`, whose values are copied to where the graphs look for them."""
         if self._rows is None or any(old.shape != new.shape for old, new in zip(self._rows, rows, strict=True)):

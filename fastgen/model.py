@@ -86,6 +86,7 @@ class Transformer(nn.Module):
         self.config = config
         self.stages = stages
         self.by_region = False
+        self.cache_owner: object = None
         self.rope = Rope(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -95,12 +96,15 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embedding.weight
         self.requires_grad_(False)
 
-    def allocate_cache(self, batch: int, capacity: int) -> None:
+    def allocate_cache(self, batch: int, capacity: int, *, owner: object = None) -> None:
         """Give every layer an empty KV cache for `batch` texts of up to `capacity` tokens, in the weights' dtype.
 
         Positions at and behind a text's end hold garbage: whatever is written there is overwritten by the token
         that comes to stand there before anything attends to it. So rolling back is only going back to a position.
+
+        A model has one cache: `cache_owner` tells whose it is, so that an earlier owner sees that theirs is gone.
         """
+        self.cache_owner = owner
         like = self.embedding.weight
         shape = (batch, self.config.n_kv_heads, capacity, self.config.head_dim)
         for block in self.layers:

@@ -1,6 +1,9 @@
 """Generation the slow, obvious way: the engine's twin, and the oracle of its tests.
 
 Every token is computed from the whole text so far in one pass, with no cache kept, no chunks and no streaming.
+
+Dynamic RoPE scaling is the one case in which the two differ by design: it turns keys by the length that the text had
+when they were computed, which for the engine (and transformers) is that of the prompt, and here that of the whole text.
 """
 
 from collections.abc import Sequence

@@ -9,13 +9,14 @@ import platform
 import resource
 import statistics
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fastgen.completion import Completion
 from fastgen.device import describe
 from fastgen.engine import Engine
 from fastgen.errors import UsageError
@@ -43,10 +44,10 @@ class Metrics:
     compile_seconds: float
     recompiles: int  # graphs compiled after the start
     batch: int
-    prompt_tokens: int
-    prefill_seconds: float
-    prefill_tokens_per_second: float
-    time_to_first_token_seconds: float
+    prompt_tokens: int  # of all rows, as are new_tokens and the rates
+    prefill_seconds: float | None
+    prefill_tokens_per_second: float | None
+    time_to_first_token_seconds: float | None
     new_tokens: int
     decode_tokens_per_second: float | None
     ms_per_token: Spread | None
@@ -59,40 +60,43 @@ class Metrics:
 
 
 def measure(
-    engine: Engine, *, load_seconds: float, compile_seconds: float, prompt_tokens: int, new_tokens: int
+    engine: Engine, completions: Sequence[Completion], *, load_seconds: float, compile_seconds: float
 ) -> Metrics:
-    """Return the metrics of the engine's last generation; reads the device's bandwidth (a fraction of a second).
+    """Return the metrics of the engine's last generation, finished or interrupted.
 
-    `new_tokens` counts those of the longest text: the first comes out of prefill, the others are decode steps. Rates
-    count the tokens of all rows.
+    The first token of a text comes out of prefill, the others are decode steps. Measures the device's bandwidth last,
+    which takes a fraction of a second and memory of its own.
     """
     timings, model = engine.timings, engine.model.transformer
-    times = timings.tokens[:new_tokens]
+    prompt = sum(len(row.prompt_tokens) for row in completions)
+    counts = [len(row.tokens) for row in completions]
+    times = timings.tokens[: max(counts)]
     steps = [1e3 * (late - early) for early, late in itertools.pairwise(times)]
-    steps_per_second = len(steps) / (times[-1] - times[0]) if steps else None
+    seconds = times[-1] - times[0] if steps else None
     weights = model.weight_bytes()
-    kv = model.kv_bytes(prompt_tokens + new_tokens // 2) * engine.batch
-    speed = (weights + kv) * steps_per_second / 1e9 if steps_per_second else None
+    kv = sum(model.kv_bytes(len(row.prompt_tokens) + len(row.tokens) // 2) for row in completions)
+    speed = (weights + kv) * len(steps) / seconds / 1e9 if seconds else None
+    prefill = timings.prefilled - timings.start if timings.prefilled else None
+    peak = peak_memory(engine.device)
     limit = measure_read_bandwidth(engine.device)
-    prefill = max(timings.prefilled - timings.start, 1e-9)
     return Metrics(
         load_seconds=load_seconds,
         compile_seconds=compile_seconds,
         recompiles=engine.recompiles,
         batch=engine.batch,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=prompt,
         prefill_seconds=prefill,
-        prefill_tokens_per_second=prompt_tokens * engine.batch / prefill,
-        time_to_first_token_seconds=(times[0] if times else timings.prefilled) - timings.start,
-        new_tokens=new_tokens,
-        decode_tokens_per_second=steps_per_second * engine.batch if steps_per_second else None,
+        prefill_tokens_per_second=prompt / prefill if prefill else None,
+        time_to_first_token_seconds=times[0] - timings.start if times else None,
+        new_tokens=sum(counts),
+        decode_tokens_per_second=(sum(counts) - len(counts)) / seconds if seconds else None,
         ms_per_token=spread(steps) if steps else None,
         weight_bytes=weights,
         kv_bytes=kv,
         gb_per_second=speed,
         read_limit_gb_per_second=limit,
         share_of_limit=speed / limit if speed else None,
-        peak_memory_bytes=peak_memory(engine.device),
+        peak_memory_bytes=peak,
     )
 
 
@@ -121,9 +125,14 @@ def summary(model: LoadedModel, metrics: Metrics) -> str:
     lines = [
         f"load       {metrics.load_seconds:.2f} s: {parameters / 1e6:.0f}M parameters, {dtype} "
         f"({model.placement.reason}), {describe(model.placement.device)}",
-        f"prompt     {metrics.prompt_tokens} tokens, {metrics.prefill_tokens_per_second:.1f} tok/s; "
-        f"first token after {metrics.time_to_first_token_seconds:.3f} s",
     ]
+    if metrics.prefill_tokens_per_second is None or metrics.time_to_first_token_seconds is None:
+        lines.append(f"prompt     {metrics.prompt_tokens} tokens, not finished")
+    else:
+        lines.append(
+            f"prompt     {metrics.prompt_tokens} tokens, {metrics.prefill_tokens_per_second:.1f} tok/s; "
+            f"first token after {metrics.time_to_first_token_seconds:.3f} s"
+        )
     step, speed, share = metrics.ms_per_token, metrics.gb_per_second, metrics.share_of_limit
     if step is None or speed is None or share is None:
         lines.append(f"decode     {metrics.new_tokens} token(s): too few to time")
@@ -143,12 +152,13 @@ def summary(model: LoadedModel, metrics: Metrics) -> str:
 @contextmanager
 def profile(path: Path) -> Iterator[None]:
     """Write what runs inside to `path`, a trace that ui.perfetto.dev shows: operators, and kernels on a GPU."""
+    try:
+        path.touch()  # the profiler itself would only grumble, after the work is done
+    except OSError as error:
+        raise UsageError(f"--profile {path}: cannot be written: {error.strerror}") from error
     with torch.profiler.profile() as profiler:
         yield
-    try:
-        profiler.export_chrome_trace(str(path))
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"--profile {path}: cannot be written: {error}") from error
+    profiler.export_chrome_trace(str(path))
 
 
 def versions() -> dict[str, str | None]:

@@ -6,12 +6,11 @@ Commands import it inside functions, since it imports torch.
 import dataclasses
 
 from fastgen import cli, report
-from fastgen.completion import GenerationOptions
 from fastgen.device import describe
 from fastgen.engine import Engine
 from fastgen.errors import RecompiledError
 from fastgen.load import LoadedModel, load_model
-from fastgen.sampling import SamplingOptions
+from fastgen.options import GenerationOptions
 
 
 def load(config: cli.ModelFlags, phases: cli.Phases, name: str | None = None) -> LoadedModel:
@@ -29,17 +28,6 @@ def load(config: cli.ModelFlags, phases: cli.Phases, name: str | None = None) ->
             keep=config.keep,
             progress=advance,
         )
-
-
-def options(config: cli.SamplingFlags, *, ignore_eos: bool = False) -> GenerationOptions:
-    """Return the engine's options of these flags."""
-    names = [field.name for field in dataclasses.fields(SamplingOptions)]
-    return GenerationOptions(
-        max_new_tokens=config.max_new_tokens,
-        stop=config.stop,
-        ignore_eos=ignore_eos,
-        sampling=SamplingOptions(**{name: getattr(config, name) for name in names}),
-    )
 
 
 def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases) -> None:

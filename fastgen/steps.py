@@ -9,9 +9,8 @@ and outputs at every step.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,10 +19,17 @@ from torch._dynamo.utils import counters
 from fastgen.graphs import GraphDecoder
 from fastgen.model import Transformer
 from fastgen.noise import NoiseKey
-from fastgen.sampling import SamplingOptions, log_probabilities, sample
+from fastgen.options import SamplingOptions
+from fastgen.sampling import Knobs, log_probabilities, sample
 
 CHUNKS = (1024, 128, 16)
 """Widths of prefill; the last chunk of a prompt is padded to the smallest."""
+
+
+Result = TypeVar("Result")
+
+MOST_CASES = 1024
+"""Graphs of one step that a process may compile: structures of sampling options times batch sizes."""
 
 
 class Rows(NamedTuple):
@@ -34,6 +40,7 @@ class Rows(NamedTuple):
         positions: [B] int64, where that token stands.
         seed: int64 without dimensions, of the sampling noise; a tensor, so that another seed is no other graph.
         samples: [B] int64, tells apart texts with equal prompts.
+        knobs: [4] float64, the numbers of `fastgen.sampling.Knobs`; like the seed, no part of a graph.
         seen: [B, V] bool, the tokens that a text holds, for the repetition penalty; empty without one.
     """
 
@@ -41,6 +48,7 @@ class Rows(NamedTuple):
     positions: Tensor
     seed: Tensor
     samples: Tensor
+    knobs: Tensor
     seen: Tensor
 
 
@@ -68,7 +76,7 @@ def choose_token(
     """Return the next token from hidden states [B, D]; `positions` [B] is where it will stand."""
     logits = model.logits(hidden)
     key = NoiseKey(seed=rows.seed, sample=rows.samples, position=positions)
-    token = sample(logits, options, key=key, seen=rows.seen)
+    token = sample(logits, options, key=key, seen=rows.seen, knobs=Knobs(*rows.knobs.unbind()))
     if options.repetition_penalty != 1.0:
         rows.seen.scatter_(1, token[:, None].clamp(min=0), True)
     return Choice(token, log_probabilities(logits, token) if logprobs else None)
@@ -111,8 +119,9 @@ class Steps:
         self._decode: Callable[..., Choice] = decode_one_token
         self._graphs: GraphDecoder | None = None
         self._rows: Rows | None = None
+        self._cases: set[object] = set()
         on_gpu = model.embedding.weight.is_cuda
-        model.by_region = compiled and not on_gpu
+        model.by_region |= compiled and not on_gpu
         if compiled:
             compile_step = partial(torch.compile, fullgraph=True, dynamic=False)
             self._prefill, self._decode = compile_step(prefill), compile_step(decode_one_token)
@@ -129,7 +138,15 @@ class Steps:
         if self.compiled:
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(positions, 1)
-        return self._prefill(self.model, tokens, positions, self._keys(start + width), lengths)
+        keys = self._keys(start + width)
+        return self._compiling(
+            ("prefill", tokens.shape[0]), self._prefill, self.model, tokens, positions, keys, lengths
+        )
+
+    def forget(self) -> None:
+        """Drop what holds addresses of a cache that is no longer there."""
+        if self._graphs:
+            self._graphs.forget()
 
     def start(self, rows: Rows) -> None:
         """Begin to decode from `rows`; the tensors are ours from now on."""
@@ -144,7 +161,7 @@ class Steps:
     def decode(self, filled: int, options: SamplingOptions, *, logprobs: bool) -> Choice:
         """Decode the next `burst` tokens of all rows, [burst, B]; the first step attends to `filled` positions, its
         own included."""
-        options = replace(options, seed=0)
+        options = options.structure()
         reach = self._positions.shape[0]
         if self._graphs:
             return self._graphs.decode(min(filled + self.burst - 1, reach), options, logprobs=logprobs)
@@ -165,7 +182,19 @@ class Steps:
         return count_compilations() + (self._graphs.captures if self._graphs else 0)
 
     def _decode_eagerly(self, rows: Rows, filled: int, options: SamplingOptions, *, logprobs: bool) -> Choice:
-        return self._decode(self.model, rows, self._keys(filled), options, logprobs=logprobs)
+        case = ("decode", options, logprobs, rows.token.shape[0], rows.seen.shape)
+        step = partial(self._decode, logprobs=logprobs)
+        return self._compiling(case, step, self.model, rows, self._keys(filled), options)
+
+    def _compiling(self, case: object, step: Callable[..., Result], *arguments: object) -> Result:
+        """Run a step; a case that is new may compile a graph, however many others the process has."""
+        if not self.compiled or case in self._cases:
+            return step(*arguments)
+        # PyTorch gives a function up after eight graphs. Cases that differ by intent are not what that guards against.
+        with torch._dynamo.config.patch(recompile_limit=MOST_CASES, accumulated_recompile_limit=MOST_CASES):
+            result = step(*arguments)
+        self._cases.add(case)
+        return result
 
     def _keys(self, filled: int) -> Tensor:
         keys = self._positions[:filled]

@@ -117,12 +117,22 @@ class Int4Linear(nn.Module):
         if self.cpu_weight is None or not are_few(x):
             weight = dequantize(self.weight_packed, self.weight_scale, self.weight_zero_point, x.dtype)
             return F.linear(x, weight, self.bias)
+        assert self.format.group_size is not None and self.cpu_scale_zero is not None, "int4 weights have groups"
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows, self.cpu_weight, self.format.group_size, self.cpu_scale_zero
-        )
+        y = _cpu_product(rows, self.cpu_weight, self.cpu_scale_zero, self.format.group_size)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+# An op of its own: Inductor (2.13) lowers PyTorch's inside a compiled region to a call that refuses its group size.
+@torch.library.custom_op("fastgen::int4_cpu_product", mutates_args=())
+def _cpu_product(rows: Tensor, weight: Tensor, scale_zero: Tensor, group_size: int) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group_size, scale_zero)
+
+
+@_cpu_product.register_fake
+def _(rows: Tensor, weight: Tensor, scale_zero: Tensor, group_size: int) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
 def _cpu_layout(packed: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:

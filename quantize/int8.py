@@ -62,18 +62,23 @@ class Int8Linear(nn.Module):
     split_units = (1, 1)
     """Tensor parallelism may split rows, and columns, in multiples of these; the scales go with the rows."""
 
+    cpu_scale: Tensor | None  # [out] bf16, for PyTorch's CPU kernel
+
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_buffer("cpu_scale", None, persistent=False)
+        if weight.is_cpu and self.in_features % KERNEL_COLUMNS == 0:
+            self.cpu_scale = weight_scale[:, 0].to(torch.bfloat16).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [.., in] times the weights, plus the bias, [.., out] in x's dtype."""
-        if not (x.is_cpu and self.in_features % KERNEL_COLUMNS == 0 and are_few(x)):
+        if self.cpu_scale is None or not are_few(x):
             return F.linear(x, dequantize(self.weight, self.weight_scale, x.dtype), self.bias)
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        y = torch._weight_int8pack_mm(rows, self.weight, self.weight_scale[:, 0].to(torch.bfloat16))
+        y = torch._weight_int8pack_mm(rows, self.weight, self.cpu_scale)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias

@@ -4,10 +4,9 @@ import psutil
 import pytest
 from torch._dynamo.utils import counters
 
-from fastgen.completion import GenerationOptions
 from fastgen.engine import Engine
 from fastgen.naive import generate_naively
-from fastgen.sampling import SamplingOptions
+from fastgen.options import GenerationOptions, SamplingOptions
 from tests.models import random_model
 from tests.test_engine import text_of
 
@@ -41,10 +40,13 @@ def test_sampled_rows_of_a_compiled_batch_equal_eager_single_rows() -> None:
     compiled = Engine(model, batch=2, compile=True)
     compiled.warm_up(options)
     together = compiled.generate(prompts, options)
-    for seed in (4, 5):
-        other = SamplingOptions(temperature=0.9, top_k=40, top_p=0.9, repetition_penalty=1.1, seed=seed)
+    for step in range(1, 12):
+        tenth = step / 20
+        other = SamplingOptions(
+            temperature=0.3 + tenth, top_k=40, top_p=1 - tenth, repetition_penalty=1 + tenth, seed=step
+        )
         compiled.generate(prompts, GenerationOptions(max_new_tokens=4, logprobs=True, sampling=other))
-    assert compiled.recompiles == 0, "a new seed is no new graph"
+    assert compiled.recompiles == 0, "other numbers are no other graph"
     for row, prompt in enumerate(prompts):
         streams: list = []
         list(Engine(model).stream([prompt], options, streams=streams, samples=[row]))
@@ -65,6 +67,20 @@ def test_cuda_graphs_are_kept_and_give_eagers_tokens() -> None:
     assert compiled.recompiles == 0
     eager = Engine(model)
     assert tokens == [eager.generate([prompt], greedy)[0].tokens for prompt in prompts]
+
+
+@pytest.mark.gpu
+def test_sampled_texts_are_equal_eager_and_in_cuda_graphs() -> None:
+    model = random_model(device="cuda")
+    prompts = [text_of(3, 1), text_of(40, 2)]
+    sampling = SamplingOptions(temperature=0.9, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=3)
+    options = GenerationOptions(max_new_tokens=40, ignore_eos=True, logprobs=True, sampling=sampling)
+    compiled = Engine(model, batch=2, compile=True)
+    compiled.warm_up(options)
+    for _ in range(2):
+        found = [row.tokens for row in compiled.generate(prompts, options)]
+        assert found == [row.tokens for row in Engine(model, batch=2).generate(prompts, options)]
+    assert compiled.generate(prompts, options)[0].logprobs
 
 
 @pytest.mark.long

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from fastgen.completion import GenerationOptions
 from fastgen.engine import Engine
-from fastgen.errors import ModelFileError, UsageError
+from fastgen.errors import CapacityError, ModelFileError, UsageError
 from fastgen.naive import generate_naively
-from fastgen.sampling import SamplingOptions
+from fastgen.options import GenerationOptions, SamplingOptions
 from fastgen.steps import CHUNKS, chunks
 from tests.models import random_model
 
@@ -107,6 +106,7 @@ def test_a_full_context_ends_a_text() -> None:
         ([[]], "empty"),
         ([[300]], "token 300"),
         ([[1], [2]], "2 prompts"),
+        ("hi", "a text for an engine"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(prompts: list[list[int]], message: str) -> None:
@@ -124,3 +124,33 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
     model.transformer.norm.weight[3] = float("nan")
     with pytest.raises(ModelFileError, match="not finite at position 4"):
         Engine(model).generate([[1, 2, 3, 4]])
+
+
+def test_engines_that_share_a_model_never_read_each_others_cache() -> None:
+    model, options = random_model(), GenerationOptions(max_new_tokens=12, ignore_eos=True)
+    first, second = Engine(model), Engine(model, batch=2)
+    prompt, other = text_of(40), text_of(40, 9)
+    expected = generate_naively(model, prompt, 12, options.sampling)
+    for _ in range(2):
+        assert list(first.generate([prompt], options)[0].tokens) == expected
+        assert list(second.generate([other, prompt], options)[1].tokens) == expected
+
+
+def test_a_text_whose_cache_was_taken_over_does_not_go_on() -> None:
+    engine = Engine(random_model())
+    stale = engine.stream([text_of(5)], GenerationOptions(max_new_tokens=50, ignore_eos=True))
+    next(stale)
+    engine.generate([text_of(9)], GenerationOptions(max_new_tokens=3))
+    with pytest.raises(UsageError, match="cannot go on"):
+        list(stale)
+
+
+def test_an_engine_without_rows_is_refused() -> None:
+    with pytest.raises(UsageError, match="batch 0"):
+        Engine(random_model(), batch=0)
+
+
+def test_a_cache_that_does_not_fit_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgen.device.free_memory", lambda device: 1000)
+    with pytest.raises(CapacityError, match=r"a KV cache of 1 x 256 tokens needs .* GB on cpu, 0\.0 GB are free"):
+        Engine(random_model())

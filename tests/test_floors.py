@@ -10,18 +10,18 @@ PACKAGES = ("fastgen", "quantize", "tp")
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        r"fastgen\.(config|shapes|errors|files|staged|device|noise|sampling)",
+        r"fastgen\.(config|options|shapes|errors|files|manifest|staged|device|noise|sampling)",
         r"fastgen\.tokenizer\.\w+",
         r"fastgen\.kernels\.(reference|rope)",
     ),
     (r"fastgen\.kernels\.\w+",),
     (r"fastgen\.model", r"quantize\.(format|tokens|int8|int4)"),
     (r"fastgen\.checkpoint\.\w+", r"fastgen\.hub"),
-    (r"quantize\.(gptq|scheme)",),
+    (r"quantize\.(gptq|scheme|linear|folder)",),
     (r"tp\.(dist|plan)",),
     (r"tp\.apply",),
     (r"fastgen\.load",),
-    (r"fastgen\.(completion|conversation|steps|engine|naive)",),
+    (r"fastgen\.(completion|conversation|graphs|steps|engine|naive)",),
     (r"fastgen\.(speculative|training\.\w+)",),
     (r"fastgen\.(scoring|cli|report|costs|diagnosis|benchmark|baseline)",),
     (r"fastgen\.session",),

@@ -53,7 +53,7 @@ def test_json_is_one_documented_line(folder: Path, capsys: pytest.CaptureFixture
         assert len(sample["tokens"]) == 8
     assert document["samples"][0]["tokens"] != document["samples"][1]["tokens"]
     metrics = document["metrics"]
-    assert metrics["new_tokens"] == 8 and metrics["batch"] == 2 and metrics["decode_tokens_per_second"] > 0
+    assert metrics["new_tokens"] == 16 and metrics["batch"] == 2 and metrics["decode_tokens_per_second"] > 0
     assert set(metrics["ms_per_token"]) == {"median", "p10", "p90"}
     assert 0 < metrics["share_of_limit"] < 1.5
 
@@ -83,6 +83,28 @@ def test_a_chat_is_put_into_the_models_template(folder: Path, capsys: pytest.Cap
     run(folder, "--prompt", "[system]be[user]hello", "--json")
     plain = json.loads(capsys.readouterr().out)["samples"][0]["prompt_tokens"]
     assert chat == plain[1:], "the template decides about the beginning-of-sequence token"
+
+
+def test_underscores_are_accepted_in_flags_and_kept_in_values(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    prompt = "--- a/my_file.py"
+    assert run(folder, "--prompt=" + prompt, "--ignore_eos", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["samples"][0]["prompt"] == prompt
+
+
+def test_ctrl_c_before_the_first_token_reports_no_speeds(
+    folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastgen.steps import Steps
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Steps, "prefill", interrupted)
+    assert run(folder, "--prompt", "hello", "--json") == 130
+    out, err = capsys.readouterr()
+    metrics = json.loads(out)["metrics"]
+    assert metrics["prefill_tokens_per_second"] is metrics["time_to_first_token_seconds"] is None
+    assert "not finished" in err
 
 
 def test_ctrl_c_keeps_the_text_so_far_and_ends_with_130(
@@ -146,6 +168,8 @@ def test_usage_errors_are_one_line_and_end_with_2(
         (["--prompt", "word " * 400], UsageError, "prompt has .* tokens, the context holds 256"),
         (["--model", "/nowhere/at/all"], ModelFileError, "/nowhere/at/all: no such file"),
         (["--tokenizer", "/nowhere"], ModelFileError, "/nowhere"),
+        (["--fail-on-recompile"], UsageError, "--fail-on-recompile: only with --compile"),
+        (["--profile", "/nowhere/trace"], UsageError, "--profile /nowhere/trace"),
         (["--prompt-file", "/nowhere"], ModelFileError, "--prompt-file /nowhere"),
     ],
 )
@@ -213,7 +237,18 @@ def test_bench_records_a_speed_beside_its_limit(tmp_path: Path, capsys: pytest.C
     assert "stories15m" in lines[1]
 
 
-@pytest.mark.parametrize("flags", [["--shape", "gpt-5"], ["--modes", "warp"], ["--batch", "0"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--shape", "gpt-5"],
+        ["--modes", "warp"],
+        ["--batch", "0"],
+        ["--output", "/nowhere/records.json"],
+        ["--baseline", "transformers", "--batch", "2"],
+        ["--max-seq-len", "9"],
+        ["--tokenizer", "x", "--shape", "stories15m"],
+    ],
+)
 def test_bench_refuses_what_it_cannot_measure(flags: list[str]) -> None:
     with pytest.raises(UsageError, match=flags[0]):
         bench.main(flags)

@@ -82,7 +82,7 @@ def test_repetition_penalty_equals_that_of_transformers(penalty: float) -> None:
     earlier = torch.randint(0, 100, (8, 30), generator=torch.Generator().manual_seed(1))
     seen = torch.zeros(8, 100, dtype=torch.bool).scatter_(1, earlier, True)
     reference = theirs.RepetitionPenaltyLogitsProcessor(penalty)(earlier, logits)
-    assert torch.equal(penalize(logits, seen, SamplingOptions(repetition_penalty=penalty)), reference)
+    assert torch.equal(penalize(logits, seen, penalty), reference)
 
 
 def test_repetition_penalty_applies_to_greedy_tokens_too() -> None:

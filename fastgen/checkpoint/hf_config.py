@@ -83,7 +83,7 @@ DEFAULTS: Mapping[str, Mapping[str, object]] = {
 CLASSES = {f"{family}forcausallm": family for family in DEFAULTS}  # lower case: early files write LLaMAForCausalLM
 
 ARCHITECTURAL = re.compile(
-    "rope|rotary|alibi|norm|att(n|ention)|sink|bias|scal|multiplier|mup|residual|softcap|clip|window|expert|router|moe"
+    "rope|rotary|alibi|norm|att(n|ention)|sink|bias|scal|multiplier|mup|residual|soft_?cap|clip|window|expert|router|moe"
     "|layer_types|per_layer"
 )
 # Dropout is for training, and how attention is computed is our own choice. `pretraining_tp`, which `ARCHITECTURAL`

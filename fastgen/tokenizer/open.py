@@ -5,6 +5,7 @@ folder `tokenizer.json` is preferred, since it also holds tokens that were added
 settings beside the file (`settings`) apply to every format.
 """
 
+import os
 from pathlib import Path
 
 from fastgen.errors import ModelFileError
@@ -60,6 +61,6 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, source: Path) -> Non
 
 def _find(folder: Path) -> Path:
     for name in NAMES:
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):  # a link to nowhere is an error, not a reason to take the next
             return folder / name
     raise ModelFileError(f"{folder}: no tokenizer in this folder, expected {', '.join(NAMES[:-1])} or {NAMES[-1]}")

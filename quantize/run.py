@@ -1,0 +1,193 @@
+"""Quantizes a model once, for every later run: `python -m quantize.run --model M --quant int4 --out DIR`.
+
+The folder that it writes is a Hugging Face model in compressed-tensors' form, which all commands and transformers load.
+It is there when it is complete: an interrupt leaves what was there before. With `--measure TEXT` the result is compared
+with the original on a text; the figures are kept in `quantize.json` beside the weights.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastgen import cli
+from fastgen.errors import CapacityError, ModelFileError, UsageError
+
+if TYPE_CHECKING:
+    from fastgen.checkpoint.lazy import Checkpoint
+    from fastgen.device import Placement
+    from quantize.folder import Job, LinearReport
+
+PROG = "quantize.run"
+REPORT = "quantize.json"
+MARGIN = 64 << 20  # for config, tokenizer and the file system's own needs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(
+    cli.SourceFlags, cli.QuantFlags, cli.PlacementFlags, cli.FolderFlags, cli.WindowFlags, cli.OutputFlags
+):
+    """The flags of `quantize.run`."""
+
+    method: str = cli.flag("rtn", "how the integers are chosen: rtn, round to nearest", choices=("rtn",))
+    measure: str | None = cli.flag(None, "compare the result with the original on this text", metavar="FILE")
+    overwrite: bool = cli.flag(False, "replace the folder --out if quantize.run wrote it")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    config = cli.parse(QuantizeConfig, argv, prog=PROG, description="Quantize a model's weights into a new folder.")
+    if config.out is None or config.quant is None:
+        raise UsageError("--quant FORMAT and --out DIR are needed: what to make, and where to write it")
+    target = Path(config.out)
+    _check_target(target, overwrite=config.overwrite)
+    text = read_text(config.measure) if config.measure else None
+
+    from fastgen.manifest import write_manifest
+    from fastgen.staged import staged_folder
+    from quantize.folder import write_folder
+
+    phases = cli.Phases()
+    job, files = _plan(config)
+    _check_space(target, job.bytes())
+    with staged_folder(target) as folder:
+        with phases.phase("quantize", config.model) as advance:
+            linears = write_folder(folder, job, advance)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        report = _report(config, job, linears)
+        if text is not None:
+            report["measured"] = _measure(config, folder, text, phases)
+        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        write_manifest(folder)
+    sys.stdout.write(table(linears, report) + f"\nwritten to {target}\n")
+    if config.json:
+        sys.stdout.write(json.dumps(report) + "\n")
+    return 0
+
+
+def read_text(name: str) -> str:
+    """Return a UTF-8 file's text; raises `ModelFileError` if it cannot be read."""
+    try:
+        return Path(name).read_bytes().decode()
+    except OSError as error:
+        raise ModelFileError(f"--measure {name}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelFileError(f"--measure {name}: not UTF-8 at byte {error.start}; convert it first") from error
+
+
+def table(linears: Sequence["LinearReport"], report: dict[str, object]) -> str:
+    """Return what became of the layers, and of the whole, as lines of aligned text."""
+    lines = [f"{'linear':<24}{'format':<18}{'bytes':>14}{'bits':>8}{'error':>9}"]
+    lines += [
+        f"{row.name:<24}{row.format:<18}{row.bytes:>14,}{row.bits:>8.3f}{row.relative_error:>9.2%}" for row in linears
+    ]
+    lines.append(
+        f"{'all weights':<42}{report['bytes']:>14,}{report['effective_bits']:>8.3f}"
+        f"  (from {report['source_bytes']:,} bytes)"
+    )
+    measured = report.get("measured")
+    if isinstance(measured, dict):
+        lines.append(
+            f"perplexity {measured['perplexity']:.4f}, of the original {measured['original_perplexity']:.4f}; "
+            f"KL {measured['mean_kl']:.6f}; top-1 agreement {measured['top1_agreement']:.2%}"
+        )
+    return "\n".join(lines)
+
+
+def _plan(config: QuantizeConfig) -> tuple["Job", dict[str, bytes]]:
+    """Return what is to be written: the job, and the tokenizer's files by name."""
+    from fastgen.checkpoint.detect import open_checkpoint
+    from fastgen.device import DTYPES, choose_placement
+    from fastgen.load import make_scheme, resolve
+    from quantize.folder import Job
+
+    scheme = make_scheme(config.quant, group_size=config.group_size, symmetric=config.symmetric, keep=config.keep)
+    assert scheme is not None, "--quant is given"
+    checkpoint = open_checkpoint(resolve(config.model))
+    if checkpoint.formats:
+        raise UsageError(f"--model {config.model}: is quantized already; give the model that it was made from")
+    job = Job(
+        checkpoint=checkpoint,
+        formats=scheme.formats(checkpoint.config),
+        dtype=DTYPES[config.dtype] if config.dtype else checkpoint.dtype,
+        device=choose_placement(config.device).device,
+    )
+    return job, _tokenizer_files(config, checkpoint)
+
+
+def _tokenizer_files(config: QuantizeConfig, checkpoint: "Checkpoint") -> dict[str, bytes]:
+    from fastgen.tokenizer.open import check_vocabulary, open_tokenizer
+    from fastgen.tokenizer.save import tokenizer_as_files, tokenizer_beside
+
+    place = Path(config.tokenizer) if config.tokenizer else checkpoint.path
+    tokenizer = open_tokenizer(place) if config.tokenizer else checkpoint.open_tokenizer()
+    check_vocabulary(tokenizer, checkpoint.config.vocab_size, place)
+    if config.tokenizer is None and checkpoint.format == "gguf":
+        return tokenizer_as_files(tokenizer)
+    return tokenizer_beside(place if config.tokenizer or place.is_dir() else place.parent)
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    """Raise `UsageError` for a target that is there, unless it may be replaced."""
+    from fastgen.manifest import NAME
+
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
+        raise UsageError(f"--out {target}: exists already; --overwrite replaces it")
+    if not (target / NAME).is_file() or not (target / REPORT).is_file():
+        raise UsageError(f"--out {target}: is no folder that quantize.run wrote, and is never replaced; name another")
+
+
+def _check_space(target: Path, needed: int) -> None:
+    """Raise `CapacityError` unless the disk has room for `needed` bytes of weights; what is replaced stays meanwhile."""
+    folder = target.resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed + min(MARGIN, needed // 8):
+        raise CapacityError(
+            f"--out {target}: needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free in {folder}; nothing was written"
+        )
+
+
+def _report(config: QuantizeConfig, job: "Job", linears: Sequence["LinearReport"]) -> dict[str, object]:
+    from fastgen.report import SCHEMA_VERSION, versions
+
+    weights = {name.removesuffix(".weight"): tensor for name, tensor in job.tensors().items()}
+    parameters = sum(weights[row.name].shape[0] * weights[row.name].shape[1] for row in linears)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": PROG,
+        "config": dataclasses.asdict(config),
+        "source": {"path": job.checkpoint.path.name, "format": job.checkpoint.format},
+        "versions": versions(),
+        "bytes": job.bytes(),
+        "source_bytes": sum(tensor.nbytes for tensor in job.checkpoint.tensors.values()),
+        "effective_bits": 8 * sum(row.bytes for row in linears) / parameters,  # of the linears alone
+        "linears": [dataclasses.asdict(row) for row in linears],
+    }
+
+
+def _measure(config: QuantizeConfig, folder: Path, text: str, phases: cli.Phases) -> dict[str, object]:
+    """Return how the model in `folder` compares with the original on a text."""
+    from fastgen.load import load_model
+    from fastgen.scoring import score
+
+    options = {"device": config.device, "dtype": config.dtype, "tokenizer": config.tokenizer}
+    original = load_model(config.model, **options)
+    model = load_model(folder, device=config.device, dtype=config.dtype)
+    tokens = model.tokenizer.encode(text)[: config.max_tokens]
+    width = min(config.window, model.config.max_seq_len)
+    with phases.phase("measure", f"{len(tokens)} tokens") as advance:
+        scores = score(model, tokens, width=width, stride=config.stride, against=original, progress=advance)
+        plain = score(original, tokens, width=width, stride=config.stride)
+    return dataclasses.asdict(scores) | {"window": width, "original_perplexity": plain.perplexity}
+
+
+if __name__ == "__main__":
+    cli.run(main, prog=PROG)
