@@ -97,7 +97,7 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
             timing = time_engine(
                 model, compile=mode == "compile", batch=config.batch, repeats=config.repeats, **workload
             )
-        yield row(timing, "fastgen", mode)
+        yield row(timing, "fastgen", mode if config.kernels == "reference" else f"{mode}, {config.kernels}")
     if config.baseline:
         with phases.phase("baseline", "transformers"):
             timing = time_transformers(model.config, placement, compiled=True, repeats=config.repeats, **workload)
@@ -106,14 +106,16 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
 
 def _load(config: BenchConfig, name: str, placement: "Placement", phases: cli.Phases) -> "LoadedModel":
     from fastgen import session
-    from fastgen.load import make_scheme, random_model
+    from fastgen.load import make_scheme, random_model, use_kernels
     from fastgen.shapes import shape
 
     if not config.shape:
         return session.load(config, phases, name)
     with phases.phase("load", name):
         scheme = make_scheme(config.quant, group_size=config.group_size, symmetric=config.symmetric, keep=config.keep)
-        return random_model(shape(name), placement, scheme=scheme)
+        model = random_model(shape(name), placement, scheme=scheme)
+    use_kernels(model, config.kernels)
+    return model
 
 
 def _show(config: BenchConfig, records: list["Record"]) -> None:

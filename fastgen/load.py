@@ -17,6 +17,7 @@ from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
 from fastgen.config import ModelConfig
 from fastgen.device import Placement, choose_placement
 from fastgen.errors import CapacityError, ModelFileError, UsageError
+from fastgen.kernels import reference
 from fastgen.model import Transformer
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.byte_tokens import ByteTokenizer
@@ -91,11 +92,34 @@ def load_model(
     words = open_tokenizer(Path(tokenizer)) if tokenizer else checkpoint.open_tokenizer()
     check_vocabulary(words, checkpoint.config.vocab_size, Path(tokenizer) if tokenizer else checkpoint.path)
     transformer = build(
-        checkpoint.config, checkpoint.tensors, placement, progress, formats=formats, scales=scale_dtype(checkpoint.dtype)
+        checkpoint.config,
+        checkpoint.tensors,
+        placement,
+        progress,
+        formats=formats,
+        scales=scale_dtype(checkpoint.dtype),
     )
     return LoadedModel(
         transformer=transformer, tokenizer=words, checkpoint=checkpoint, placement=placement, formats=formats
     )
+
+
+def use_kernels(model: LoadedModel, name: str) -> None:
+    """Run the model's block with the stages of that name: "reference" (PyTorch) or "fused" (Triton, on CUDA).
+
+    Raises:
+        UsageError: the device or the dtype is not one that the kernels are made for.
+    """
+    device, dtype = model.placement.device, model.placement.dtype
+    if name == "reference":
+        model.transformer.stages = reference
+        return
+    if device.type != "cuda" or dtype == torch.float32:
+        raise UsageError(f"--kernels {name}: only on CUDA in bf16 or fp16, not on {device} in {dtype}")
+    from fastgen.kernels import fused  # noqa: PLC0415  (Triton, which CPU builds of torch lack)
+
+    fused.prepare(device)
+    model.transformer.stages = fused
 
 
 def make_scheme(quant: str | None, *, group_size: int, symmetric: bool, keep: str | None) -> Scheme | None:

@@ -9,7 +9,7 @@ from fastgen import cli, report
 from fastgen.device import describe
 from fastgen.engine import Engine
 from fastgen.errors import RecompiledError
-from fastgen.load import LoadedModel, load_model
+from fastgen.load import LoadedModel, load_model, use_kernels
 from fastgen.options import GenerationOptions
 
 
@@ -17,7 +17,7 @@ def load(config: cli.ModelFlags, phases: cli.Phases, name: str | None = None) ->
     """Load the model that the flags name (or `name`), with progress."""
     name = name or config.model
     with phases.phase("load", name) as advance:
-        return load_model(
+        model = load_model(
             name,
             tokenizer=config.tokenizer,
             device=config.device,
@@ -28,6 +28,8 @@ def load(config: cli.ModelFlags, phases: cli.Phases, name: str | None = None) ->
             keep=config.keep,
             progress=advance,
         )
+    use_kernels(model, config.kernels)
+    return model
 
 
 def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases) -> None:
