@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with cli.interruptible():
             for name in config.shape or (config.model,):
-                records.extend(_measure(config, name, phases))
+                for row in _measure(config, name, phases):
+                    records.append(row)
+                    _write(config, records)  # what comes next may be killed
     except KeyboardInterrupt:
         status = INTERRUPTED
     _show(config, records)
@@ -118,21 +120,29 @@ def _load(config: BenchConfig, name: str, placement: "Placement", phases: cli.Ph
     return model
 
 
-def _show(config: BenchConfig, records: list["Record"]) -> None:
-    from fastgen.benchmark import table, to_json
+def _document(config: BenchConfig, records: list["Record"]) -> dict[str, object]:
+    from fastgen.benchmark import to_json
     from fastgen.report import SCHEMA_VERSION
 
-    document = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "command": PROG,
         "config": dataclasses.asdict(config),
         "records": to_json(records),
     }
+
+
+def _write(config: BenchConfig, records: list["Record"]) -> None:
     if config.output:
-        Path(config.output).write_text(json.dumps(document, indent=1) + "\n")
+        Path(config.output).write_text(json.dumps(_document(config, records), indent=1) + "\n")
+
+
+def _show(config: BenchConfig, records: list["Record"]) -> None:
+    from fastgen.benchmark import table
+
     sys.stdout.write(table(records) + "\n")
     if config.json:
-        sys.stdout.write(json.dumps(document) + "\n")
+        sys.stdout.write(json.dumps(_document(config, records)) + "\n")
 
 
 if __name__ == "__main__":

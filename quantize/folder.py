@@ -17,12 +17,12 @@ from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
 from fastgen.checkpoint.names import HF, linear_parts, part_rows
 from fastgen.config import ModelConfig
 from fastgen.errors import ModelFileError
+from fastgen.model import tensor_bytes
 from quantize import int4, int8
 from quantize.format import WeightFormat
 from quantize.linear import BLOCK, dequantize_weight, quantize_weight, scale_dtype
 
 INDEX = "model.safetensors.index.json"
-SCALE_BYTES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Job:
                 total += count * self.dtype.itemsize
                 continue
             for leaf, shape in stored_shapes(weight_format, *tensor.shape).items():
-                total += torch.Size(shape).numel() * (SCALE_BYTES if leaf == "weight_scale" else 4)
+                total += torch.Size(shape).numel() * (self.dtype.itemsize if leaf == "weight_scale" else 4)
         return total
 
 
@@ -93,7 +93,7 @@ def write_folder(folder: Path, job: Job, progress: Callable[[int, int], None]) -
             tensors |= dict(_stored(name, source, job, reports))
         save_tensors(folder / file, tensors, {"format": "pt"})
         index |= dict.fromkeys(tensors, file)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        total += sum(map(tensor_bytes, tensors.values()))
     progress(len(shards), len(shards))
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     _write_config(folder, job)
@@ -141,15 +141,20 @@ def _stored(name: str, source: LazyTensor, job: Job, reports: list[LinearReport]
     stored = quantize_weight(
         f"{job.checkpoint.path}: {module}", source, weight_format, scales=scales, device=job.device
     )
-    reports.append(_report(module, source, stored, weight_format, job.device))
+    error = _relative_error(source, stored, weight_format, job.device)
     stored = {leaf: tensor.cpu() for leaf, tensor in stored.items()}
-    start = 0
+    start = size = 0
     for part, count in zip(parts, rows, strict=True):
         piece = {leaf: tensor[start : start + count] for leaf, tensor in stored.items()}
         yield f"{part}.weight_shape", torch.tensor([count, source.shape[1]])
-        for foreign, tensor in _on_disk(piece).items():
+        for foreign, tensor in _on_disk(piece, job.dtype).items():
             yield f"{part}.{foreign}", tensor
+            size += tensor_bytes(tensor)
         start += count
+    bits = 8 * size / (source.shape[0] * source.shape[1])
+    reports.append(
+        LinearReport(name=module, format=str(weight_format), bytes=size, bits=bits, relative_error=error)
+    )
 
 
 def _foreign(module: str, config: ModelConfig) -> tuple[str, ...]:
@@ -159,19 +164,23 @@ def _foreign(module: str, config: ModelConfig) -> tuple[str, ...]:
     return tuple(HF.layer_prefix.format(layer) + name for name in HF.layer[kind])
 
 
-def _on_disk(piece: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a linear's tensors in the form that they have on disk, in memory of their own."""
+def _on_disk(piece: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a linear's tensors in the form that they have on disk, in memory of their own.
+
+    Scales have the dtype of the folder's other tensors: whoever dequantizes computes in it.
+    """
+    stored = {"weight_scale": piece["weight_scale"].to(dtype, copy=True)}
     if "weight" in piece:
-        return {"weight_packed": int8.pack(piece["weight"]), "weight_scale": piece["weight_scale"].clone()}
-    stored = {name: piece[name].clone() for name in ("weight_packed", "weight_scale")}
+        return stored | {"weight_packed": int8.pack(piece["weight"])}
+    stored["weight_packed"] = piece["weight_packed"].clone()
     if "weight_zero_point" in piece:
         stored["weight_zero_point"] = int4.pack_rows(piece["weight_zero_point"])
     return stored
 
 
-def _report(
-    module: str, source: LazyTensor, stored: Mapping[str, Tensor], weight_format: WeightFormat, device: torch.device
-) -> LinearReport:
+def _relative_error(
+    source: LazyTensor, stored: Mapping[str, Tensor], weight_format: WeightFormat, device: torch.device
+) -> float:
     rows, columns = source.shape
     step = max(1, BLOCK // columns)
     error = total = 0.0
@@ -180,11 +189,4 @@ def _report(
         block = {leaf: tensor[start : start + step] for leaf, tensor in stored.items()}
         error += (dequantize_weight(block, weight_format, torch.float32) - weight).square().sum().item()
         total += weight.square().sum().item()
-    bits = weight_format.effective_bits(columns)
-    return LinearReport(
-        name=module,
-        format=str(weight_format),
-        bytes=round(rows * columns * bits / 8),
-        bits=bits,
-        relative_error=(error / total) ** 0.5 if total else 0.0,
-    )
+    return float((error / total) ** 0.5) if total else 0.0

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-SCALE_BITS = 16
 GROUP_SIZES = (32, 64, 128, 256)
 NARROWER_GROUPS = (128, 64, 32)
 """What a width takes, in this order, that the group which was asked for does not divide."""
@@ -24,11 +23,6 @@ class WeightFormat:
     def groups(self, columns: int) -> int:
         """Return how many groups a row of so many weights has."""
         return columns // self.group_size if self.group_size else 1
-
-    def effective_bits(self, columns: int) -> float:
-        """Return the bits that a weight takes on disk, its share of scale and zero point included."""
-        zero_bits = 0 if self.symmetric else self.bits
-        return self.bits + (SCALE_BITS + zero_bits) * self.groups(columns) / columns
 
 
 INT8 = WeightFormat(bits=8)

@@ -80,14 +80,17 @@ def read_text(name: str) -> str:
 
 
 def table(linears: Sequence["LinearReport"], report: dict[str, object]) -> str:
-    """Return what became of the layers, and of the whole, as lines of aligned text."""
-    lines = [f"{'linear':<24}{'format':<18}{'bytes':>14}{'bits':>8}{'error':>9}"]
-    lines += [
-        f"{row.name:<24}{row.format:<18}{row.bytes:>14,}{row.bits:>8.3f}{row.relative_error:>9.2%}" for row in linears
-    ]
+    """Return what became of every layer, the error of its worst linear with it, and of the whole, as aligned lines."""
+    lines = [f"{'part':<12}{'formats':<34}{'bytes':>14}{'bits':>8}{'error':>9}"]
+    for name, rows in _by_layer(linears).items():
+        size = sum(row.bytes for row in rows)
+        bits = 8 * size / sum(8 * row.bytes / row.bits for row in rows)
+        formats = ", ".join(dict.fromkeys(row.format for row in rows))
+        worst = max(row.relative_error for row in rows)
+        lines.append(f"{name:<12}{formats:<34}{size:>14,}{bits:>8.3f}{worst:>9.2%}")
     lines.append(
-        f"{'all weights':<42}{report['bytes']:>14,}{report['effective_bits']:>8.3f}"
-        f"  (from {report['source_bytes']:,} bytes)"
+        f"{'linears':<46}{sum(row.bytes for row in linears):>14,}{report['effective_bits']:>8.3f}\n"
+        f"{'all weights':<46}{report['bytes']:>14,}  (from {report['source_bytes']:,})"
     )
     measured = report.get("measured")
     if isinstance(measured, dict):
@@ -96,6 +99,13 @@ def table(linears: Sequence["LinearReport"], report: dict[str, object]) -> str:
             f"KL {measured['mean_kl']:.6f}; top-1 agreement {measured['top1_agreement']:.2%}"
         )
     return "\n".join(lines)
+
+
+def _by_layer(linears: Sequence["LinearReport"]) -> dict[str, list["LinearReport"]]:
+    layers: dict[str, list[LinearReport]] = {}
+    for row in linears:
+        layers.setdefault(".".join(row.name.split(".")[:2]), []).append(row)
+    return layers
 
 
 def _plan(config: QuantizeConfig) -> tuple["Job", dict[str, bytes]]:

@@ -160,7 +160,7 @@ HF_CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     "a quantized folder": (
         config_with(json.dumps(LLAMA | {"quantization_config": {"quant_method": "gptq"}})),
-        ("config.json", "quantization_config", "not supported yet"),
+        ("config.json", "quantization_config", "'gptq'"),
     ),
     # safetensors
     "safetensors without a header": (hf_with(b"12345"), ("model.safetensors", "truncated")),

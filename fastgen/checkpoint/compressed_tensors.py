@@ -73,7 +73,7 @@ def read_formats(description: object, linears: Iterable[str], source: Path) -> d
     method, kind = fields.get("quant_method"), fields.get("format", PACKED)
     if method != "compressed-tensors" or kind != PACKED:
         raise ModelFileError(
-            f"{source}: weights quantized by {method!r:.50} in the format {kind!r:.50} are not supported; "
+            f"{source}: quantization_config: weights by {method!r:.50} in the format {kind!r:.50} are not supported; "
             f"expected compressed-tensors, {PACKED}"
         )
     for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
@@ -84,7 +84,9 @@ def read_formats(description: object, linears: Iterable[str], source: Path) -> d
     for name, group in groups.items():
         entry = _mapping(group, f"config_groups.{name}", source)
         weight_format = _format(entry, f"config_groups.{name}", source)
-        by_target |= dict.fromkeys(_targets(entry.get("targets"), f"config_groups.{name}.targets", source), weight_format)
+        by_target |= dict.fromkeys(
+            _targets(entry.get("targets"), f"config_groups.{name}.targets", source), weight_format
+        )
     ignored = _targets(fields.get("ignore") or [], "ignore", source)
     formats = {}
     for linear in linears:

@@ -1,0 +1,118 @@
+// Products of a few tokens with packed weights, for CPUs: y[m][n] = sum over k of x[m][k] * w[n][k], all sums in fp32.
+//
+// A word of 32 bits holds 8 weights of 4 bits or 4 of 8 (int4.py, int8.py); a vector of 8 words is a block. The i-th
+// weights of its words are cut out together, so x must come in that order: [tokens][blocks][i][word]. Each weight is
+// unpacked once and used for all tokens. A token's sum is formed in one order, whatever the number of tokens beside it,
+// so it has the same bits alone and among others.
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int LANES = 8;
+constexpr int MAX_TOKENS = 16;
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Words __attribute__((vector_size(4 * LANES)));
+
+template <typename Vector, typename Element>
+inline Vector load(const Element* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+inline float sum(Floats lanes) {
+  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+}
+
+// The i-th of the BITS wide weights of every word, its sign extended where it has one.
+template <int BITS>
+inline Floats weights_of(Words words, int i) {
+  const Words cut = BITS == 4 ? (words >> (4 * i)) & 15 : (words << (24 - 8 * i)) >> 24;
+  return __builtin_convertvector(cut, Floats);
+}
+
+// The product of one block with one token's part of x.
+template <int BITS>
+inline Floats block_product(const Floats* weights, const float* x) {
+  Floats even = weights[0] * load<Floats>(x);
+  Floats odd = weights[1] * load<Floats>(x + LANES);
+  for (int i = 2; i < 32 / BITS; i += 2) {
+    even += weights[i] * load<Floats>(x + i * LANES);
+    odd += weights[i + 1] * load<Floats>(x + (i + 1) * LANES);
+  }
+  return even + odd;
+}
+
+// The lanes of a block of 64 weights belong to one group, or the lower and the upper four to two groups of 32.
+inline Floats per_lane(const float* of_groups, int64_t block, int64_t group) {
+  const float* first = of_groups + block * 64 / group;
+  const float low = first[0], high = group < 64 ? first[1] : low;
+  return Floats{low, low, low, low, high, high, high, high};
+}
+
+// TOKENS: how many, known to the compiler; 0: `tokens`.
+template <int TOKENS>
+void int4_rows(const float* x, const float* x_sums, const int32_t* packed, const float* scale, const float* offset,
+               float* y, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int threads) {
+  const int64_t blocks = columns / 64, groups = columns / group, count = TOKENS ? TOKENS : tokens;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const int32_t* words = packed + row * blocks * LANES;
+    Floats total[TOKENS ? TOKENS : MAX_TOKENS] = {};
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Words word = load<Words>(words + block * LANES);
+      const Floats scales = per_lane(scale + row * groups, block, group);
+      const Floats offsets = per_lane(offset + row * groups, block, group);
+      Floats weights[8];
+      for (int i = 0; i < 8; ++i) weights[i] = weights_of<4>(word, i);
+      for (int64_t token = 0; token < count; ++token) {
+        const int64_t place = token * blocks + block;
+        const Floats product = block_product<4>(weights, x + place * 64);
+        total[token] += product * scales - offsets * load<Floats>(x_sums + place * LANES);
+      }
+    }
+    for (int64_t token = 0; token < count; ++token) y[token * rows + row] = sum(total[token]);
+  }
+}
+
+template <int TOKENS>
+void int8_rows(const float* x, const int8_t* weight, const float* scale, float* y, int64_t tokens, int64_t rows,
+               int64_t columns, int threads) {
+  const int64_t blocks = columns / 32, count = TOKENS ? TOKENS : tokens;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    Floats total[TOKENS ? TOKENS : MAX_TOKENS] = {};
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Words word = load<Words>(weight + row * columns + block * 32);
+      Floats weights[4];
+      for (int i = 0; i < 4; ++i) weights[i] = weights_of<8>(word, i);
+      for (int64_t token = 0; token < count; ++token) {
+        total[token] += block_product<8>(weights, x + (token * blocks + block) * 32);
+      }
+    }
+    for (int64_t token = 0; token < count; ++token) y[token * rows + row] = sum(total[token]) * scale[row];
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// x: [tokens][columns / 64][8][8]; x_sums: [tokens][columns / 64][8], its sums over i; packed: [rows][columns / 8];
+// scale, and offset = (8 + zero point) * scale: [rows][columns / group]; y: [tokens][rows]. At most 16 tokens.
+void int4_product(const float* x, const float* x_sums, const int32_t* packed, const float* scale, const float* offset,
+                  float* y, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int threads) {
+  auto run = tokens == 1 ? int4_rows<1> : int4_rows<0>;
+  run(x, x_sums, packed, scale, offset, y, tokens, rows, columns, group, threads);
+}
+
+// x: [tokens][columns / 32][4][8]; weight: [rows][columns]; scale: [rows]; y: [tokens][rows]. At most 16 tokens.
+void int8_product(const float* x, const int8_t* weight, const float* scale, float* y, int64_t tokens, int64_t rows,
+                  int64_t columns, int threads) {
+  auto run = tokens == 1 ? int8_rows<1> : int8_rows<0>;
+  run(x, weight, scale, y, tokens, rows, columns, threads);
+}
+}
