@@ -46,32 +46,38 @@ inline Floats block_product(const Floats* weights, const float* x) {
   return even + odd;
 }
 
-// The lanes of a block of 64 weights belong to one group, or the lower and the upper four to two groups of 32.
-inline Floats per_lane(const float* of_groups, int64_t block, int64_t group) {
-  const float* first = of_groups + block * 64 / group;
-  const float low = first[0], high = group < 64 ? first[1] : low;
+// A step is one group, or two groups of 32, whose values then belong to the lower and to the upper four lanes.
+template <bool TWO>
+inline Floats per_lane(const float* groups, int64_t step) {
+  const float low = groups[TWO ? 2 * step : step], high = groups[TWO ? 2 * step + 1 : step];
   return Floats{low, low, low, low, high, high, high, high};
 }
 
 // TOKENS: how many, known to the compiler; 0: `tokens`.
-template <int TOKENS>
+template <int TOKENS, bool TWO>
 void int4_rows(const float* x, const float* x_sums, const int32_t* packed, const float* scale, const float* offset,
                float* y, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int threads) {
   const int64_t blocks = columns / 64, groups = columns / group, count = TOKENS ? TOKENS : tokens;
+  const int64_t steps = TWO ? groups / 2 : groups, blocks_a_step = blocks / steps;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
     const int32_t* words = packed + row * blocks * LANES;
     Floats total[TOKENS ? TOKENS : MAX_TOKENS] = {};
-    for (int64_t block = 0; block < blocks; ++block) {
-      const Words word = load<Words>(words + block * LANES);
-      const Floats scales = per_lane(scale + row * groups, block, group);
-      const Floats offsets = per_lane(offset + row * groups, block, group);
-      Floats weights[8];
-      for (int i = 0; i < 8; ++i) weights[i] = weights_of<4>(word, i);
+    for (int64_t step = 0; step < steps; ++step) {
+      const Floats scales = per_lane<TWO>(scale + row * groups, step);
+      const Floats offsets = per_lane<TWO>(offset + row * groups, step);
+      Floats product[TOKENS ? TOKENS : MAX_TOKENS] = {};
+      for (int64_t block = step * blocks_a_step; block < (step + 1) * blocks_a_step; ++block) {
+        const Words word = load<Words>(words + block * LANES);
+        Floats weights[8];
+        for (int i = 0; i < 8; ++i) weights[i] = weights_of<4>(word, i);
+        for (int64_t token = 0; token < count; ++token) {
+          product[token] += block_product<4>(weights, x + (token * blocks + block) * 64);
+        }
+      }
       for (int64_t token = 0; token < count; ++token) {
-        const int64_t place = token * blocks + block;
-        const Floats product = block_product<4>(weights, x + place * 64);
-        total[token] += product * scales - offsets * load<Floats>(x_sums + place * LANES);
+        const Floats sums = load<Floats>(x_sums + (token * steps + step) * LANES);
+        total[token] += product[token] * scales - offsets * sums;
       }
     }
     for (int64_t token = 0; token < count; ++token) y[token * rows + row] = sum(total[token]);
@@ -101,11 +107,12 @@ void int8_rows(const float* x, const int8_t* weight, const float* scale, float* 
 
 extern "C" {
 
-// x: [tokens][columns / 64][8][8]; x_sums: [tokens][columns / 64][8], its sums over i; packed: [rows][columns / 8];
-// scale, and offset = (8 + zero point) * scale: [rows][columns / group]; y: [tokens][rows]. At most 16 tokens.
+// x: [tokens][columns / 64][8][8]; x_sums: [tokens][steps][8], its sums over a step's blocks and i, where a step has as
+// many weights as a group, but at least 64; packed: [rows][columns / 8]; scale, and offset = (8 + zero point) * scale: [rows][columns / group]; y: [tokens][rows]. At most 16 tokens.
 void int4_product(const float* x, const float* x_sums, const int32_t* packed, const float* scale, const float* offset,
                   float* y, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int threads) {
-  auto run = tokens == 1 ? int4_rows<1> : int4_rows<0>;
+  auto run = group < 64 ? (tokens == 1 ? int4_rows<1, true> : int4_rows<0, true>)
+                        : (tokens == 1 ? int4_rows<1, false> : int4_rows<0, false>);
   run(x, x_sums, packed, scale, offset, y, tokens, rows, columns, group, threads);
 }
 
