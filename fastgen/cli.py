@@ -13,6 +13,7 @@ import errno
 import importlib.metadata
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -279,6 +280,12 @@ def run(command: Callable[[], int], *, prog: str) -> NoReturn:
         status = error.exit_status
     except KeyboardInterrupt:
         status = INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        # Wherever memory ends, it ends the same way; PyTorch's CPU allocator has no error type of its own.
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        sys.stderr.write(f"{prog}: out of memory; use a smaller model, --max-seq-len or --dtype bf16\n")
+        status = CapacityError.exit_status
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise

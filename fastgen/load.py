@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastgen.checkpoint.detect import open_checkpoint
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
 from fastgen.config import ModelConfig
-from fastgen.device import Placement, choose_placement
+from fastgen.device import Placement, choose_placement, require_memory
 from fastgen.errors import CapacityError, ModelFileError, UsageError
 from fastgen.kernels import reference
 from fastgen.model import Transformer
@@ -155,6 +155,7 @@ def random_model(
     config = _untied(config, formats)
     with torch.device("meta"):
         transformer = Transformer(config).to(placement.dtype)
+    _require_memory(transformer, formats, placement)
     generator = torch.Generator(placement.device).manual_seed(seed)
     for name, module in list(transformer.named_modules()):
         if not list(module.parameters(recurse=False)):
@@ -212,6 +213,7 @@ def build(
     config = _untied(config, formats)
     with torch.device("meta"):
         transformer = Transformer(config)
+    _require_memory(transformer, formats, placement)
     modules: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
@@ -223,7 +225,11 @@ def build(
             progress(done, len(modules))
         try:
             _place(transformer, name, parts, placement, formats.get(name), scales)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            # PyTorch's CPU allocator has no error type of its own.
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if not known:
+                raise
             raise CapacityError(
                 f"out of memory on {placement.device} at {name}, module {done + 1} of {len(modules)}\n"
                 "Use a smaller model, --quant int4 or --dtype bf16"
@@ -256,6 +262,16 @@ def _place(
             stored["bias"] = parts["bias"][:].to(placement.device)
     linear = make_linear(weight_format, stored, stored.get("bias"), placement.dtype)
     transformer.set_submodule(name, linear)
+
+
+def _require_memory(transformer: Transformer, formats: Mapping[str, WeightFormat], placement: Placement) -> None:
+    """Raise `CapacityError` if the weights of a transformer on the meta device are not going to fit."""
+    need = 0.0
+    for name, parameter in transformer.named_parameters():
+        chosen = formats.get(name.removesuffix(".weight"))
+        need += parameter.numel() * (chosen.bits / 8 if chosen else placement.dtype.itemsize)
+    way_out = "a smaller model, --quant int4 or --dtype bf16"
+    require_memory(placement.device, int(need), "the model", way_out)
 
 
 def _untied(config: ModelConfig, formats: Mapping[str, WeightFormat]) -> ModelConfig:

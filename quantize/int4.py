@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantize.cpu import int4_product
 from quantize.format import WeightFormat
 from quantize.int8 import rounded_up
 from quantize.tokens import are_few
 
 LEVELS = 7.5  # half the range of -8 .. 7
 PER_WORD = 8
-KERNEL_ROWS = 16  # PyTorch's CPU kernel takes rows in multiples of these
 
 
 def quantize(
@@ -80,13 +80,11 @@ def unpack_rows(packed: Tensor, rows: int) -> Tensor:
 class Int4Linear(nn.Module):
     """A linear with int4 weights: [.., in] -> [.., out].
 
-    A few tokens on a CPU go through PyTorch's packed kernel, in bf16, the only dtype that it is fast in; its layout is
-    a copy beside the one above. Anything else is the definition: dequantize, then `F.linear`.
+    A few tokens on a CPU go through a kernel that reads packed weights (`quantize.cpu`). Anything else is the definition:
+    dequantize, then `F.linear`, which Inductor fuses on a GPU.
     """
 
     weight_zero_point: Tensor | None
-    cpu_weight: Tensor | None  # [out, in / 2] uint8, in an order of PyTorch's own
-    cpu_scale_zero: Tensor | None  # [groups, out, 2] bf16: w = (q - 8) * scale + zero, with q in 0 .. 15
 
     def __init__(
         self, weight_packed: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None, bias: Tensor | None = None
@@ -101,10 +99,7 @@ class Int4Linear(nn.Module):
         zero_point = None if weight_zero_point is None else nn.Parameter(weight_zero_point, requires_grad=False)
         self.register_parameter("weight_zero_point", zero_point)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.register_buffer("cpu_weight", None, persistent=False)
-        self.register_buffer("cpu_scale_zero", None, persistent=False)
-        if weight_packed.is_cpu and self.out_features % KERNEL_ROWS == 0:
-            self.cpu_weight, self.cpu_scale_zero = _cpu_layout(weight_packed, weight_scale, weight_zero_point)
+        self.cpu_product = int4_product(weight_packed, lambda: unpack(weight_packed), weight_scale, weight_zero_point)
 
     @property
     def split_units(self) -> tuple[int, int]:
@@ -114,30 +109,9 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [.., in] times the weights, plus the bias, [.., out] in x's dtype."""
-        if self.cpu_weight is None or not are_few(x):
+        if self.cpu_product is None or not are_few(x):
             weight = dequantize(self.weight_packed, self.weight_scale, self.weight_zero_point, x.dtype)
             return F.linear(x, weight, self.bias)
-        assert self.format.group_size is not None and self.cpu_scale_zero is not None, "int4 weights have groups"
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        y = _cpu_product(rows, self.cpu_weight, self.cpu_scale_zero, self.format.group_size)
+        y = self.cpu_product(x.reshape(-1, self.in_features), self.weight_packed)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
-
-
-# An op of its own: Inductor (2.13) lowers PyTorch's inside a compiled region to a call that refuses its group size.
-@torch.library.custom_op("fastgen::int4_cpu_product", mutates_args=())
-def _cpu_product(rows: Tensor, weight: Tensor, scale_zero: Tensor, group_size: int) -> Tensor:
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group_size, scale_zero)
-
-
-@_cpu_product.register_fake
-def _(rows: Tensor, weight: Tensor, scale_zero: Tensor, group_size: int) -> Tensor:
-    return rows.new_empty(rows.shape[0], weight.shape[0])
-
-
-def _cpu_layout(packed: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the weights and the [scale, zero] pairs as `_weight_int4pack_mm_for_cpu` takes them."""
-    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(packed) + 8, 1)
-    wide = scale.float()
-    zero = torch.zeros_like(wide) if zero_point is None else -zero_point.float() * wide
-    return weight, torch.stack((wide.T, zero.T), dim=2).to(torch.bfloat16).contiguous()

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantize.cpu import int8_product
 from quantize.format import INT8, WeightFormat
 from quantize.tokens import are_few
 
 LEVELS = 127.5  # half the range of -128 .. 127
-KERNEL_COLUMNS = 32  # PyTorch's kernel reads whole vectors, past the end of a row that is not a multiple of them
 
 
 def quantize(weight: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
@@ -54,15 +54,13 @@ def rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
 class Int8Linear(nn.Module):
     """A linear with int8 weights: [.., in] -> [.., out].
 
-    A few tokens on a CPU go through PyTorch's packed kernel, in bf16, the only dtype that it is fast in. Anything else
-    is the definition: dequantize, then `F.linear`, which Inductor fuses on a GPU.
+    A few tokens on a CPU go through a kernel that reads the weights as they are (`quantize.cpu`). Anything else is the
+    definition: dequantize, then `F.linear`, which Inductor fuses on a GPU.
     """
 
     format: WeightFormat = INT8
     split_units = (1, 1)
     """Tensor parallelism may split rows, and columns, in multiples of these; the scales go with the rows."""
-
-    cpu_scale: Tensor | None  # [out] bf16, for PyTorch's CPU kernel
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -70,15 +68,12 @@ class Int8Linear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.register_buffer("cpu_scale", None, persistent=False)
-        if weight.is_cpu and self.in_features % KERNEL_COLUMNS == 0:
-            self.cpu_scale = weight_scale[:, 0].to(torch.bfloat16).contiguous()
+        self.cpu_product = int8_product(weight, weight_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [.., in] times the weights, plus the bias, [.., out] in x's dtype."""
-        if self.cpu_scale is None or not are_few(x):
+        if self.cpu_product is None or not are_few(x):
             return F.linear(x, dequantize(self.weight, self.weight_scale, x.dtype), self.bias)
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        y = torch._weight_int8pack_mm(rows, self.weight, self.cpu_scale)
+        y = self.cpu_product(x.reshape(-1, self.in_features), self.weight)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias

@@ -15,7 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         r"fastgen\.kernels\.(reference|rope)",
     ),
     (r"fastgen\.kernels\.\w+",),
-    (r"fastgen\.model", r"quantize\.(format|tokens|int8|int4)"),
+    (r"fastgen\.model", r"quantize\.(format|tokens|cpu|int8|int4)"),
     (r"fastgen\.checkpoint\.\w+", r"fastgen\.hub"),
     (r"quantize\.(gptq|scheme|linear|folder)",),
     (r"tp\.(dist|plan)",),
