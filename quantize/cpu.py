@@ -44,6 +44,7 @@ class NativeInt4(nn.Module):
 
     scale: Tensor
     offset: Tensor
+    places: Tensor
 
     def __init__(self, scale: Tensor, zero_point: Tensor | None) -> None:
         super().__init__()
@@ -51,13 +52,16 @@ class NativeInt4(nn.Module):
         offset = 8 * wide if zero_point is None else (8 + zero_point.float()) * wide
         self.register_buffer("scale", wide, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
+        places = torch.tensor([16.0**-place for place in range(7)] + [1.0])  # see `weights_of` in the source
+        self.register_buffer("places", places[:, None], persistent=False)
 
     def forward(self, x: Tensor, packed: Tensor) -> Tensor:
         """Return x [M, in] times packed [out, in / 8], [M, out] fp32."""
-        blocks = x.float().view(x.shape[0], -1, 8, 8).transpose(2, 3).contiguous()
+        words = x.float().view(x.shape[0], -1, 8, 8)
         group = x.shape[1] // self.scale.shape[1]
-        sums = blocks.view(x.shape[0], -1, max(group // INT4_BLOCK, 1) * 8, 8).sum(2)
-        return _int4_product(blocks, sums, packed, self.scale, self.offset)
+        steps = words.view(x.shape[0], -1, max(group // INT4_BLOCK, 1), 8, 8)
+        blocks = (words.transpose(2, 3) * self.places).contiguous()
+        return _int4_product(blocks, steps.sum((2, 4)), packed, self.scale, self.offset)
 
 
 class AtenInt8(nn.Module):

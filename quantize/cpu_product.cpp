@@ -27,10 +27,12 @@ inline float sum(Floats lanes) {
   return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
 }
 
-// The i-th of the BITS wide weights of every word, its sign extended where it has one.
+// The i-th of the BITS wide weights of every word. Those of 4 bits are cut out where they stand, 16^i times too large, which
+// saves the shift: x comes divided by as much, and both are exact. The last one would meet the sign.
 template <int BITS>
 inline Floats weights_of(Words words, int i) {
-  const Words cut = BITS == 4 ? (words >> (4 * i)) & 15 : (words << (24 - 8 * i)) >> 24;
+  if (BITS == 8) return __builtin_convertvector((words << (24 - 8 * i)) >> 24, Floats);
+  const Words cut = i < 7 ? words & (15 << (4 * i)) : (words >> 28) & 15;
   return __builtin_convertvector(cut, Floats);
 }
 
@@ -49,8 +51,9 @@ inline Floats block_product(const Floats* weights, const float* x) {
 // A step is one group, or two groups of 32, whose values then belong to the lower and to the upper four lanes.
 template <bool TWO>
 inline Floats per_lane(const float* groups, int64_t step) {
-  const float low = groups[TWO ? 2 * step : step], high = groups[TWO ? 2 * step + 1 : step];
-  return Floats{low, low, low, low, high, high, high, high};
+  if (!TWO) return Floats{} + groups[step];
+  const Words upper = {0, 0, 0, 0, -1, -1, -1, -1};
+  return upper ? Floats{} + groups[2 * step + 1] : Floats{} + groups[2 * step];
 }
 
 // TOKENS: how many, known to the compiler; 0: `tokens`.
@@ -107,8 +110,8 @@ void int8_rows(const float* x, const int8_t* weight, const float* scale, float* 
 
 extern "C" {
 
-// x: [tokens][columns / 64][8][8]; x_sums: [tokens][steps][8], its sums over a step's blocks and i, where a step has as
-// many weights as a group, but at least 64; packed: [rows][columns / 8]; scale, and offset = (8 + zero point) * scale: [rows][columns / group]; y: [tokens][rows]. At most 16 tokens.
+// x: [tokens][columns / 64][8][8], divided by 16^i for i < 7; x_sums: [tokens][steps][8], sums of the undivided x over a
+// step's blocks and i, where a step has as many weights as a group, but at least 64; packed: [rows][columns / 8]; scale, and offset = (8 + zero point) * scale: [rows][columns / group]; y: [tokens][rows]. At most 16 tokens.
 void int4_product(const float* x, const float* x_sums, const int32_t* packed, const float* scale, const float* offset,
                   float* y, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int threads) {
   auto run = group < 64 ? (tokens == 1 ? int4_rows<1, true> : int4_rows<0, true>)

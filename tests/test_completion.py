@@ -38,7 +38,7 @@ def test_what_only_began_like_a_stop_string_is_shown_after_all() -> None:
 
 
 def test_the_earliest_of_several_stop_strings_counts() -> None:
-    stream, pieces = stream_of("abcdef", stop=("cdx", "def", "de"))
+    _, pieces = stream_of("abcdef", stop=("cdx", "def", "de"))
     assert "".join(pieces) == "abc"
 
 
@@ -49,7 +49,7 @@ def test_text_held_back_at_the_limit_is_shown() -> None:
 
 
 def test_half_a_character_at_the_end_becomes_a_replacement() -> None:
-    stream, pieces = stream_of("aé", max_new_tokens=2)
+    _, pieces = stream_of("aé", max_new_tokens=2)
     assert "".join(pieces) == "a\N{REPLACEMENT CHARACTER}"
 
 

@@ -151,6 +151,13 @@ def test_an_engine_without_rows_is_refused() -> None:
 
 
 def test_a_cache_that_does_not_fit_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
     monkeypatch.setattr("fastgen.device.free_memory", lambda device: 1000)
     with pytest.raises(CapacityError, match=r"a KV cache of 1 x 256 tokens needs .* GB on cpu, 0\.0 GB are free"):
-        Engine(random_model())
+        Engine(model)
+
+
+def test_a_model_that_does_not_fit_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgen.device.free_memory", lambda device: 1000)
+    with pytest.raises(CapacityError, match=r"the model needs [^\n]*\n.*--quant int4"):
+        random_model()

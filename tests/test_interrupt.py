@@ -44,7 +44,7 @@ def test_ctrl_c_before_the_text_ends_at_once(command: list[str]) -> None:
         # It waits for stdin, flags parsed: importing and loading are all still to come.
         assert process.stderr
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT), "a shell sees 130 in both"
     assert not out
 

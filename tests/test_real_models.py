@@ -16,8 +16,8 @@ STORIES = {
         "tok512.model",
         1.2128,
         9536,
-        ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
-        "She wanted to play with it,",
+        ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red "
+        "ball. She wanted to play with it,",
     ),
     "stories15M": (
         "llama2-tokenizer.model",
