@@ -31,9 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     problems = verify_manifest(Path(config.verify))
     if config.json:
-        sys.stdout.write(json.dumps({"schema_version": 1, "command": PROG, "folder": config.verify, "problems": problems}) + "\n")
+        sys.stdout.write(
+            json.dumps({"schema_version": 1, "command": PROG, "folder": config.verify, "problems": problems}) + "\n"
+        )
     if problems:
-        raise ModelFileError(f"{config.verify}: {len(problems)} file(s) differ from the manifest\n" + "\n".join(problems))
+        raise ModelFileError(
+            f"{config.verify}: {len(problems)} file(s) differ from the manifest\n" + "\n".join(problems)
+        )
     sys.stderr.write(f"{config.verify}: every file is what was written\n")
     return 0
 

@@ -83,11 +83,17 @@ def summary(model: "LoadedModel", scores: "Scores") -> str:
 def _load(config: EvaluateConfig, name: str, phases: cli.Phases, *, quantized: bool) -> "LoadedModel":
     from fastgen.load import load_model
 
-    chosen = {"quant": config.quant, "group_size": config.group_size, "symmetric": config.symmetric,
-              "keep": config.keep} if quantized else {}  # fmt: skip
     with phases.phase("load", name) as advance:
         return load_model(
-            name, tokenizer=config.tokenizer, device=config.device, dtype=config.dtype, progress=advance, **chosen
+            name,
+            tokenizer=config.tokenizer,
+            device=config.device,
+            dtype=config.dtype,
+            quant=config.quant if quantized else None,
+            group_size=config.group_size,
+            symmetric=config.symmetric,
+            keep=config.keep if quantized else None,
+            progress=advance,
         )
 
 

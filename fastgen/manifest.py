@@ -32,7 +32,9 @@ def verify_manifest(folder: Path) -> list[str]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read: {error.strerror}; only folders that we wrote have one") from error
+        raise ModelFileError(
+            f"{path}: cannot be read: {error.strerror}; only folders that we wrote have one"
+        ) from error
     files = _read(data)
     if files is None:
         return [f"{NAME}: damaged"]

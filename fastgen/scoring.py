@@ -110,9 +110,7 @@ def _log_probabilities(model: LoadedModel, hidden: Tensor) -> Tensor:
     return torch.log_softmax(model.transformer.logits(hidden), dim=-1)
 
 
-def _check(
-    model: LoadedModel, tokens: Sequence[int], width: int, stride: int, against: LoadedModel | None
-) -> None:
+def _check(model: LoadedModel, tokens: Sequence[int], width: int, stride: int, against: LoadedModel | None) -> None:
     limit = min(each.config.max_seq_len for each in (model, against) if each)
     if not 2 <= width <= limit:
         raise UsageError(f"--window {width}: expected 2 to {limit}, which the model was made for")

@@ -1,8 +1,8 @@
 """Few tokens times packed weights on a CPU: `cpu_product.cpp`, or PyTorch's kernels where there is no C++ compiler.
 
-PyTorch's (`_weight_int8pack_mm`, `_weight_int4pack_mm_for_cpu`) are fast in bf16 alone and, on AVX2, bound by unpacking:
-int4 decodes slower than int8 there. Ours take fp32, keep the layout that is on disk, and are compiled once for the
-machine, in a second, into the user's cache.
+PyTorch's (`_weight_int8pack_mm`, `_weight_int4pack_mm_for_cpu`) are fast in bf16 alone and, on AVX2, bound by
+unpacking: int4 decodes slower than int8 there. Ours take fp32, keep the layout that is on disk, and are compiled once
+for the machine, in a second, into the user's cache.
 """
 
 import ctypes
@@ -65,7 +65,7 @@ class NativeInt4(nn.Module):
 
 
 class AtenInt8(nn.Module):
-    """int8 weights times a few tokens by PyTorch's kernel, in bf16; `in` is a multiple of 32, which it does not check."""
+    """int8 weights times a few tokens by PyTorch's kernel, in bf16; it does not check that `in` is a multiple of 32."""
 
     scale: Tensor
 
@@ -143,9 +143,7 @@ def _int4_product(blocks: Tensor, sums: Tensor, packed: Tensor, scale: Tensor, o
     (rows, words), tokens = packed.shape, blocks.shape[0]
     y = torch.empty(tokens, rows)
     sizes = [ctypes.c_int64(size) for size in (tokens, rows, 8 * words, 8 * words // scale.shape[1])]
-    library.int4_product(
-        *map(_pointer, (blocks, sums, packed, scale, offset, y)), *sizes, torch.get_num_threads()
-    )
+    library.int4_product(*map(_pointer, (blocks, sums, packed, scale, offset, y)), *sizes, torch.get_num_threads())
     return y
 
 

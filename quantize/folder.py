@@ -1,7 +1,6 @@
 """Quantizing a checkpoint into a folder, layer by layer: Hugging Face's layout, compressed-tensors' form.
 
-A shard holds the embedding, one layer, or what follows the last, so that no more than that is ever in memory. Nothing is
-read before the plan is known to fit on the disk.
+A shard holds the embedding, one layer, or what follows the last, so that no more than that is ever in memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -101,9 +100,7 @@ def write_folder(folder: Path, job: Job, progress: Callable[[int, int], None]) -
 
 
 def _write_config(folder: Path, job: Job) -> None:
-    foreign = {
-        part: job.formats.get(ours) for ours, parts in linear_parts(job.config, HF).items() for part in parts
-    }
+    foreign = {part: job.formats.get(ours) for ours, parts in linear_parts(job.config, HF).items() for part in parts}
     description = hf_config(job.config, job.dtype) | {
         "tie_word_embeddings": job.tied,
         "quantization_config": quantization_config(foreign),
@@ -152,9 +149,7 @@ def _stored(name: str, source: LazyTensor, job: Job, reports: list[LinearReport]
             size += tensor_bytes(tensor)
         start += count
     bits = 8 * size / (source.shape[0] * source.shape[1])
-    reports.append(
-        LinearReport(name=module, format=str(weight_format), bytes=size, bits=bits, relative_error=error)
-    )
+    reports.append(LinearReport(name=module, format=str(weight_format), bytes=size, bits=bits, relative_error=error))
 
 
 def _foreign(module: str, config: ModelConfig) -> tuple[str, ...]:

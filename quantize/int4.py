@@ -31,7 +31,7 @@ PER_WORD = 8
 def quantize(
     weight: Tensor, group_size: int, *, symmetric: bool, scale_dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return q [out, in] int8, scale [out, groups] in `scale_dtype` and, unless symmetric, zero_point [out, groups] int8.
+    """Return q [out, in] int8, scale [out, groups] in `scale_dtype`, and zero_point [out, groups] int8 if asymmetric.
 
     `weight` is [out, in] of any float dtype; `group_size` divides `in`.
     """
@@ -80,8 +80,8 @@ def unpack_rows(packed: Tensor, rows: int) -> Tensor:
 class Int4Linear(nn.Module):
     """A linear with int4 weights: [.., in] -> [.., out].
 
-    A few tokens on a CPU go through a kernel that reads packed weights (`quantize.cpu`). Anything else is the definition:
-    dequantize, then `F.linear`, which Inductor fuses on a GPU.
+    A few tokens on a CPU go through a kernel that reads packed weights (`quantize.cpu`). Anything else is the
+    definition: dequantize, then `F.linear`, which Inductor fuses on a GPU.
     """
 
     weight_zero_point: Tensor | None
@@ -103,7 +103,7 @@ class Int4Linear(nn.Module):
 
     @property
     def split_units(self) -> tuple[int, int]:
-        """Tensor parallelism may split rows, and columns, in multiples of these; scales and zero points go with both."""
+        """Tensor parallelism may split rows and columns in multiples of these; scales and zero points go with both."""
         assert self.format.group_size is not None, "int4 weights have groups"
         return 1, self.format.group_size
 

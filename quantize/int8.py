@@ -2,7 +2,7 @@
 
     tensor          shape              dtype               content
     weight          [out, in]          int8                q in -128 .. 127, in memory
-    weight_packed   [out, ceil(in/4)]  int32               q + 128 as four bytes a word, the first weight lowest; on disk
+    weight_packed   [out, ceil(in/4)]  int32               q + 128, four bytes a word, the first weight lowest; on disk
     weight_scale    [out, 1]           bf16, fp16 or fp32  w = q * scale
 
 The packed form is compressed-tensors' `pack-quantized` with 8 bits

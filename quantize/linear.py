@@ -1,7 +1,7 @@
 """From a weight and a format to a quantized linear, whatever the format; the method is round to nearest (rtn).
 
-    stored = quantize_weight("layers.0.wo", weight, INT8)     # tensors by the names of the module's parameters
-    linear = make_linear(INT8, stored, bias, torch.bfloat16)
+stored = quantize_weight("layers.0.wo", weight, INT8)     # tensors by the names of the module's parameters
+linear = make_linear(INT8, stored, bias, torch.bfloat16)
 """
 
 from collections.abc import Mapping

@@ -18,7 +18,6 @@ from fastgen.errors import CapacityError, ModelFileError, UsageError
 
 if TYPE_CHECKING:
     from fastgen.checkpoint.lazy import Checkpoint
-    from fastgen.device import Placement
     from quantize.folder import Job, LinearReport
 
 PROG = "quantize.run"
@@ -154,14 +153,14 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
 
 
 def _check_space(target: Path, needed: int) -> None:
-    """Raise `CapacityError` unless the disk has room for `needed` bytes of weights; what is replaced stays meanwhile."""
+    """Raise `CapacityError` unless the disk has room for `needed` bytes of weights beside what is replaced."""
     folder = target.resolve().parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed + min(MARGIN, needed // 8):
         raise CapacityError(
-            f"--out {target}: needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free in {folder}; nothing was written"
+            f"--out {target}: needs {needed / 1e6:.1f} MB, {folder} has {free / 1e6:.1f} MB free; nothing was written"
         )
 
 
@@ -188,8 +187,7 @@ def _measure(config: QuantizeConfig, folder: Path, text: str, phases: cli.Phases
     from fastgen.load import load_model
     from fastgen.scoring import score
 
-    options = {"device": config.device, "dtype": config.dtype, "tokenizer": config.tokenizer}
-    original = load_model(config.model, **options)
+    original = load_model(config.model, tokenizer=config.tokenizer, device=config.device, dtype=config.dtype)
     model = load_model(folder, device=config.device, dtype=config.dtype)
     tokens = model.tokenizer.encode(text)[: config.max_tokens]
     width = min(config.window, model.config.max_seq_len)

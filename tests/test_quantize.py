@@ -105,6 +105,20 @@ def test_a_token_gives_the_same_bits_alone_and_among_others(weight_format: Weigh
         assert torch.equal(linear(x[:count]), alone[:count])
 
 
+@pytest.mark.parametrize("weight_format", [INT8, FORMATS[1], FORMATS[6]], ids=str)
+def test_without_a_compiler_pytorchs_kernels_give_the_same_up_to_bf16(
+    weight_format: WeightFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = quantize_weight("w", weights(64, 512), weight_format)
+    x = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
+    exact = F.linear(x, dequantize_weight(stored, weight_format, torch.float32))
+    monkeypatch.setattr("quantize.cpu._library", lambda: None)
+    linear = make_linear(weight_format, stored, None, torch.float32)
+    assert type(linear.cpu_product).__name__.startswith("Aten")
+    assert (linear(x) - exact).norm() / exact.norm() < 1e-2
+    assert torch.equal(linear(x[:5]), torch.cat([linear(x[row : row + 1]) for row in range(5)]))
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(7, 33), (1, 1), (40, 31), (17, 96)])
 def test_odd_shapes_fall_back_to_the_definition(rows: int, columns: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))

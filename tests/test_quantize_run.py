@@ -28,6 +28,9 @@ SCHEMES = {
 }
 
 
+TEXT = "Once upon a time there was a little cat who liked to play in the park every day with a red ball."
+
+
 def flags(scheme: dict) -> list[str]:
     words = {name: value for name, value in scheme.items() if name != "symmetric"}
     return [word for name, value in words.items() for word in (f"--{name.replace('_', '-')}", str(value))] + (
@@ -72,7 +75,7 @@ def test_transformers_loads_a_folder_and_predicts_the_same(folders: dict[str, Pa
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
     ours = load_model(folders[name], device="cpu", dtype="fp32")
-    tokens = torch.tensor([ours.tokenizer.encode("Once upon a time there was a little cat who liked to play in the park every day with a red ball.")])
+    tokens = torch.tensor([ours.tokenizer.encode(TEXT)])
     count = tokens.shape[1]
     with torch.inference_mode():
         ours.transformer.allocate_cache(1, count)
@@ -148,7 +151,8 @@ def test_verify_names_what_is_damaged_missing_or_new(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "extra.txt").write_text("new")
     flip_a_bit(next(folder.glob("*.safetensors")), 12345)
-    with pytest.raises(ModelFileError, match=r"(?s)tokenizer.json: missing.*extra.txt: not in.*safetensors: its content"):
+    named = r"(?s)tokenizer.json: missing.*extra.txt: not in.*safetensors: its content"
+    with pytest.raises(ModelFileError, match=named):
         convert.main(["--verify", str(folder)])
 
 

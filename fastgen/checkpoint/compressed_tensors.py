@@ -1,7 +1,7 @@
 """The on-disk form of quantized weights: compressed-tensors' `pack-quantized`, and its description in `config.json`.
 
-A linear `X` has `X.weight_packed`, `X.weight_scale`, `X.weight_shape` and, if asymmetric, `X.weight_zero_point` in place
-of `X.weight`; layouts: `quantize.int4`, `quantize.int8`. `quantization_config` says which linear has which form:
+A linear `X` has `X.weight_packed`, `X.weight_scale`, `X.weight_shape` and, if asymmetric, `X.weight_zero_point` in
+place of `X.weight`; layouts: `quantize.int4`, `quantize.int8`. `quantization_config` says which linear has which form:
 `config_groups` by target (a name, `re:` and a pattern, or the class `Linear`; the most specific one counts), and names
 to `ignore` (https://github.com/vllm-project/compressed-tensors, quantization/quant_config.py and utils/match.py).
 """
@@ -143,8 +143,8 @@ def _format(group: Mapping[str, object], place: str, source: Path) -> WeightForm
     if group.get("format") not in (None, PACKED) or not plain or not strategy or found not in [INT8, *known]:
         shown = {name: value for name, value in weights.items() if value not in (None, False, {})}
         raise ModelFileError(
-            f"{source}: {place} has weights of {shown!r:.200}, which is not supported; expected {PACKED} int, 8 bits by "
-            f"channel and symmetric, or 4 bits in groups of {', '.join(map(str, GROUP_SIZES))}"
+            f"{source}: {place} has weights of {shown!r:.200}, which is not supported; expected {PACKED} int, 8 bits "
+            f"by channel and symmetric, or 4 bits in groups of {', '.join(map(str, GROUP_SIZES))}"
         )
     return found
 

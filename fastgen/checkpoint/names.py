@@ -129,9 +129,9 @@ def assemble(
             weights = wanted[f"{module}.weight_packed"]
             found = [ZeroPoints(part, shape[0]) for part, (_, shape) in zip(found, weights, strict=True)]
         elif leaf == "weight_packed" and formats[module].bits == 8:
-            ours, width = f"{module}.weight", linear_columns(config)[module.rpartition(".")[2]]
+            leaf, width = "weight", linear_columns(config)[module.rpartition(".")[2]]
             found = [Int8Weight(part, width) for part in found]
-        tensors[ours] = _compose(ours, found, config, scheme)
+        tensors[f"{module}.{leaf}"] = _compose(ours, found, config, scheme)
     return tensors
 
 
