@@ -3,6 +3,7 @@
 A shard holds the embedding, one layer, or what follows the last, so that no more than that is ever in memory.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgen.checkpoint.compressed_tensors import quantization_config, stored_shapes
-from fastgen.checkpoint.hf_save import hf_config, save_tensors, write_json
+from fastgen.checkpoint.hf_save import hf_config, write_json
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
 from fastgen.checkpoint.names import HF, linear_parts, part_rows
 from fastgen.config import ModelConfig
@@ -22,6 +23,14 @@ from quantize.format import WeightFormat
 from quantize.linear import BLOCK, dequantize_weight, quantize_weight, scale_dtype
 
 INDEX = "model.safetensors.index.json"
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +87,7 @@ class Job:
 def write_folder(folder: Path, job: Job, progress: Callable[[int, int], None]) -> list[LinearReport]:
     """Write config and weights into the existing `folder`, and return what became of every linear.
 
-    Raises `ModelFileError` for weights that are not finite, by name, and `CapacityError` for a disk that is full.
+    Raises `ModelFileError` for weights that are not finite, by name, and `OSError` for a disk that is full.
     """
     reports: list[LinearReport] = []
     shards = _shards(job.tensors())
@@ -90,13 +99,32 @@ def write_folder(folder: Path, job: Job, progress: Callable[[int, int], None]) -
         tensors: dict[str, Tensor] = {}
         for name, source in names.items():
             tensors |= dict(_stored(name, source, job, reports))
-        save_tensors(folder / file, tensors, {"format": "pt"})
+        _write_shard(folder / file, tensors)
         index |= dict.fromkeys(tensors, file)
         total += sum(map(tensor_bytes, tensors.values()))
     progress(len(shards), len(shards))
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     _write_config(folder, job)
     return reports
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file (https://github.com/safetensors/safetensors#format).
+
+    The library makes a copy of all tensors first, which would be the most memory that is ever needed.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in tensors.items():
+        end = position + tensor_bytes(tensor)
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    data = json.dumps(header).encode()
+    data += b" " * (-len(data) % 8)
+    with path.open("wb") as file:
+        file.write(len(data).to_bytes(8, "little") + data)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _write_config(folder: Path, job: Job) -> None:

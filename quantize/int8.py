@@ -36,8 +36,10 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def pack(q: Tensor) -> Tensor:
     """Return q [out, in] int8 as int32 [out, ceil(in / 4)]."""
-    unsigned = q.view(torch.uint8) ^ 128
-    return F.pad(unsigned, (0, -q.shape[1] % 4)).contiguous().view(torch.int32)
+    unsigned, filling = q.view(torch.uint8) ^ 128, -q.shape[1] % 4
+    if filling:
+        unsigned = F.pad(unsigned, (0, filling))  # copies even where there is nothing to fill
+    return unsigned.contiguous().view(torch.int32)
 
 
 def unpack(packed: Tensor, columns: int) -> Tensor:

@@ -14,7 +14,7 @@ from fastgen.errors import ModelFileError
 from quantize import int4, int8
 from quantize.format import WeightFormat
 
-BLOCK = 4 << 20
+BLOCK = 1 << 20
 """Weights that are quantized at a time: fp32 copies of them are all that a large matrix needs beside itself."""
 
 
@@ -49,10 +49,12 @@ def quantize_weight(
     """
     rows, columns = weight.shape
     step = max(1, BLOCK // columns)
-    blocks = [
-        _quantize_rows(weight[start : start + step].to(device), weight_format, scales) for start in range(0, rows, step)
-    ]
-    stored = {leaf: torch.cat([block[leaf] for block in blocks]) for leaf in blocks[0]}
+    stored: dict[str, Tensor] = {}
+    for start in range(0, rows, step):
+        for leaf, block in _quantize_rows(weight[start : start + step].to(device), weight_format, scales).items():
+            if leaf not in stored:
+                stored[leaf] = block.new_empty(rows, block.shape[1])
+            stored[leaf][start : start + step] = block
     if not stored["weight_scale"].isfinite().all():
         row = int((~stored["weight_scale"].isfinite()).any(1).nonzero()[0])
         raise ModelFileError(
