@@ -5,6 +5,7 @@ measured on the same device in the same run.
 """
 
 import itertools
+import os
 import platform
 import resource
 import statistics
@@ -162,7 +163,10 @@ def profile(path: Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str | None]:
-    """Return what ran: Python, torch, CUDA, and the project's commit where it runs from a checkout."""
+    """Return what ran: Python, torch, CUDA, and the project's commit: the checkout's, else FASTGEN_COMMIT's.
+
+    The variable serves copies that were made without git, on a machine that is lent for a measurement.
+    """
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -174,7 +178,7 @@ def versions() -> dict[str, str | None]:
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("FASTGEN_COMMIT")
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=root,
