@@ -1,11 +1,14 @@
-"""The README's Python runs as it stands, and its commands and flags exist."""
+"""The README's Python runs as it stands, its commands and flags exist, and its figures are the results'."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_its_python_example_runs(capsys: pytest.CaptureFixture) -> None:
@@ -27,3 +30,10 @@ def test_its_commands_and_flags_exist(capsys: pytest.CaptureFixture) -> None:
         for line in re.findall(rf"-m fastgen\.{command}\b(.*)", README):
             for flag in re.findall(r"(--[a-z-]+)", line.split("#")[0].split("|")[0]):
                 assert flag in help_text, f"fastgen.{command} has no {flag}"
+
+
+def test_its_tables_are_made_from_the_results() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/make_tables", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
