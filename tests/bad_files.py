@@ -94,7 +94,6 @@ FILE_CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     "an empty folder": (folder_with(), ("empty",)),
     "a folder of other things": (folder_with("notes.txt"), ("notes.txt", "model.safetensors", ".gguf")),
     "several GGUF files": (folder_with("a.gguf", "b.gguf"), ("2 GGUF files", "a.gguf, b.gguf")),
-    "Meta's own format": (folder_with("params.json", "consolidated.00.pth"), ("Meta", "not supported yet")),
     "an empty file": (file_with(b""), ("model.bin", "0 bytes")),
     "a text": (file_with(b"# Notes\nnothing here, nothing at all\n"), ("model.bin", "no known format")),
     "a device": (lambda root: Path("/dev/zero"), ("/dev/zero", "not a regular file")),

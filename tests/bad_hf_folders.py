@@ -159,8 +159,8 @@ HF_CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
         ("model.safetensors", "4000 layers"),
     ),
     "a quantized folder": (
-        config_with(json.dumps(LLAMA | {"quantization_config": {"quant_method": "gptq"}})),
-        ("config.json", "quantization_config", "'gptq'"),
+        config_with(json.dumps(LLAMA | {"quantization_config": {"quant_method": "fp8"}})),
+        ("config.json", "quantization_config", "'fp8'"),
     ),
     # safetensors
     "safetensors without a header": (hf_with(b"12345"), ("model.safetensors", "truncated")),

@@ -54,6 +54,22 @@ GGUF_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 
+META_NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "model.layers": "layers",
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+}
+
 
 def make_model(config: Mapping[str, object], seed: int = 0) -> Tensors:
     """Return random weights for `config`, small enough to be exact to compare in any dtype."""
@@ -177,7 +193,12 @@ def gguf_metadata(config: Mapping[str, object]) -> dict[str, object]:
 
 def gguf_name(name: str) -> str:
     """Return the GGUF name of a tensor."""
-    for old, new in GGUF_NAMES.items():
+    return renamed(name, GGUF_NAMES)
+
+
+def renamed(name: str, parts: Mapping[str, str]) -> str:
+    """Return a tensor's name with its parts in another scheme."""
+    for old, new in parts.items():
         name = name.replace(old, new)
     return name
 
@@ -241,3 +262,46 @@ def write_llama2c(path: Path, config: Mapping[str, object], model: Tensors) -> P
         if vocab < 0:
             file.write(model["lm_head.weight"].numpy().tobytes())
     return path
+
+
+def meta_params(config: Mapping[str, object]) -> dict[str, object]:
+    """Return a `params.json` for `config`."""
+    return {
+        "dim": config["hidden_size"],
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": config["num_attention_heads"],
+        "n_kv_heads": config["num_key_value_heads"],
+        "norm_eps": config["rms_norm_eps"],
+        "rope_theta": config["rope_theta"],
+        "multiple_of": config["intermediate_size"],  # a multiple of which the formula's result is below
+        "ffn_dim_multiplier": 0.5,
+        "vocab_size": -1,
+        "max_seq_len": config["max_position_embeddings"],
+    }
+
+
+def write_meta(
+    folder: Path, config: Mapping[str, object], model: Tensors, *, shards: int = 1, vocabulary_split: bool = False
+) -> Path:
+    """Write Meta's folder; its embedding is split by columns as in Llama 2, or by rows as in Llama 3."""
+    folder.mkdir(parents=True)
+    (folder / "params.json").write_text(json.dumps(meta_params(config)))
+    whole = {
+        renamed(name, META_NAMES): interleaved(tensor, config["head_dim"]) if is_query_or_key(name) else tensor
+        for name, tensor in model.items()
+    }
+    for rank in range(shards):
+        state = {"rope.freqs": torch.ones(8)}
+        for name, tensor in whole.items():
+            by_columns = ".wo." in name or ".w2." in name or ("tok_emb" in name and not vocabulary_split)
+            if "norm" in name:
+                state[name] = tensor.clone()
+            else:
+                state[name] = tensor.chunk(shards, dim=int(by_columns))[rank].clone()
+        torch.save(state, folder / f"consolidated.{rank:02}.pth")
+    return folder
+
+
+def write_sharded_meta(folder: Path, config: Mapping[str, object], model: Tensors) -> Path:
+    """Write Meta's folder in two shards, as Llama 2 has them."""
+    return write_meta(folder, config, model, shards=2)

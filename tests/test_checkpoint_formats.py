@@ -30,6 +30,8 @@ from tests.checkpoint_writers import (
     write_gguf,
     write_hf,
     write_llama2c,
+    write_meta,
+    write_sharded_meta,
     write_sharded_safetensors,
     write_sharded_torch,
     write_torch,
@@ -44,12 +46,12 @@ WRITERS: dict[str, Writer] = {
     "torch-sharded": write_sharded_torch,
     "gguf": write_gguf,
     "llama2c": write_llama2c,
+    "meta": write_meta,
+    "meta-sharded": write_sharded_meta,
 }
+PLAIN_LLAMAS = ("llama2c", "meta", "meta-sharded")  # formats with neither biases nor norms of queries and keys
 CASES = [
-    (form, family)
-    for form in WRITERS
-    for family in FAMILIES
-    if form != "llama2c" or family in ("llama", "tied")  # it has neither biases nor norms of queries and keys
+    (form, family) for form in WRITERS for family in FAMILIES if form not in PLAIN_LLAMAS or family in ("llama", "tied")
 ]
 
 

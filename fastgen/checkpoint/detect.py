@@ -10,6 +10,7 @@ from fastgen.checkpoint.gguf_header import MAGIC as GGUF_MAGIC
 from fastgen.checkpoint.hf import WEIGHTS, open_hf
 from fastgen.checkpoint.lazy import Checkpoint
 from fastgen.checkpoint.llama2c import looks_like_llama2c, open_llama2c
+from fastgen.checkpoint.meta import PARAMS, SHARD, open_meta
 from fastgen.checkpoint.safetensors_file import looks_like_safetensors
 from fastgen.checkpoint.torch_bin import looks_like_torch
 from fastgen.errors import ModelFileError
@@ -20,7 +21,7 @@ SHOWN = 5
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint at `path`: a Hugging Face folder, a folder with one GGUF file, or a single file.
+    """Open the checkpoint at `path`: a folder of Hugging Face or Meta, one with a GGUF file, or a single file.
 
     Only headers are read. Raises `ModelFileError` for a path that is missing or holds no checkpoint that can be
     used, naming the file and what is wrong with it.
@@ -49,11 +50,11 @@ def _open_folder(folder: Path) -> Checkpoint:
         return open_gguf(folder / ggufs[0])
     if ggufs:
         raise ModelFileError(f"{folder}: {len(ggufs)} GGUF files, name one: {_listed(ggufs)}")
-    if "params.json" in names:
-        raise ModelFileError(f"{folder}: checkpoints in Meta's own format are not supported yet")
+    if PARAMS in names:
+        return open_meta(folder)
     raise ModelFileError(
-        f"{folder}: no checkpoint among {_listed(names)}; expected config.json beside {' or '.join(WEIGHTS[::2])}, or "
-        "a .gguf file; a file of another kind must be named itself"
+        f"{folder}: no checkpoint among {_listed(names)}; expected config.json beside {' or '.join(WEIGHTS[::2])}, "
+        f"{PARAMS} beside consolidated.00.pth, or a .gguf file; a file of another kind must be named itself"
     )
 
 
@@ -62,6 +63,8 @@ def _open_file(path: Path) -> Checkpoint:
     start = bytes(file.read(0, min(28, file.size)))
     if start.startswith(GGUF_MAGIC):
         return open_gguf(path)
+    if SHARD.fullmatch(path.name) and (path.parent / PARAMS).exists():
+        return open_meta(path.parent)
     if path.name in WEIGHTS or looks_like_safetensors(start) or looks_like_torch(start):
         return open_hf(path.parent, path)
     if start.startswith(LLAMA2C_MAGIC):

@@ -8,18 +8,16 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastgen.checkpoint.compressed_tensors import read_formats
 from fastgen.checkpoint.hf_config import read_hf_config
 from fastgen.checkpoint.json_file import read_json
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
-from fastgen.checkpoint.names import HF, assemble, fused_formats, linear_parts, main_dtype, shortened
+from fastgen.checkpoint.names import HF, assemble, fused_formats, main_dtype, shortened
+from fastgen.checkpoint.quantized import stored_linears
 from fastgen.checkpoint.safetensors_file import read_safetensors
 from fastgen.checkpoint.torch_bin import looks_like_torch, read_torch
-from fastgen.config import ModelConfig
 from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile
 from fastgen.tokenizer.open import open_tokenizer
-from quantize.format import WeightFormat
 
 INDEX = ".index.json"
 WEIGHTS = (
@@ -39,9 +37,10 @@ def open_hf(folder: Path, weights: Path | None = None) -> Checkpoint:
     if not os.path.lexists(description):
         raise ModelFileError(f"{description}: is missing; it says what the model in the weights beside it is")
     config = read_hf_config(description)
-    formats = _read_formats(config, description)
     weights = weights or _find_weights(folder)
-    tensors = assemble(config, _read_weights(weights), HF, weights, formats)
+    held, stored = stored_linears(config, _read_weights(weights), description, weights)
+    formats, notes = fused_formats(config, HF, stored)
+    tensors = assemble(config, held, HF, weights, stored, formats)
     return Checkpoint(
         path=folder,
         format="hugging face",
@@ -50,16 +49,8 @@ def open_hf(folder: Path, weights: Path | None = None) -> Checkpoint:
         tensors=tensors,
         open_tokenizer=lambda: open_tokenizer(folder),
         formats=formats,
+        notes=notes,
     )
-
-
-def _read_formats(config: ModelConfig, description: Path) -> dict[str, WeightFormat]:
-    """Return the formats of our linears that the folder holds quantized."""
-    quantization = read_json(description).get("quantization_config")
-    if quantization is None:
-        return {}
-    linears = [name for parts in linear_parts(config, HF).values() for name in parts]
-    return fused_formats(config, HF, read_formats(quantization, linears, description), description)
 
 
 def _find_weights(folder: Path) -> Path:

@@ -13,18 +13,17 @@ transformers ignores, too (`attention_bias` of a mistral): such a file was writt
 
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from fastgen.checkpoint.fields import Fields
 from fastgen.checkpoint.json_file import read_json
 from fastgen.config import ModelConfig, RopeScaling
 from fastgen.errors import ModelFileError
+from fastgen.files import naming
 
-MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 4096  # one number each is kept in memory before any tensor is looked for
-MAX_NUMBER = 1e30  # fits fp32 with room for products
 
 SHARED_DEFAULTS: Mapping[str, object] = {
     "hidden_size": 4096,
@@ -118,8 +117,8 @@ def read_hf_config(path: Path) -> ModelConfig:
     generation = path.with_name("generation_config.json")
     if not generation.exists():
         return config
-    fields = _Fields(read_json(generation))
-    with _naming(generation):
+    fields = Fields(read_json(generation))
+    with naming(generation):
         stops = fields.token_ids("eos_token_id", config.vocab_size)
     return replace(config, eos_token_ids=stops) if stops else config
 
@@ -129,9 +128,9 @@ def config_from_hf(raw: Mapping[str, object], source: Path) -> ModelConfig:
 
     Raises `ModelFileError` naming the field, its value and what was expected.
     """
-    with _naming(source):
+    with naming(source):
         family = _family(raw)
-        fields = _Fields({**DEFAULTS[family], **raw})
+        fields = Fields({**DEFAULTS[family], **raw})
         config = _config(family, fields)
         fields.refuse_unread(_is_harmless)
     return config
@@ -159,7 +158,7 @@ def _is_harmless(name: str) -> bool:
     return not ARCHITECTURAL.search(name) or HARMLESS.search(name) is not None
 
 
-def _config(family: str, fields: "_Fields") -> ModelConfig:
+def _config(family: str, fields: Fields) -> ModelConfig:
     known = DEFAULTS[family]
     if fields.get("hidden_act") not in ("silu", "swish"):
         raise fields.error("hidden_act", "'silu': no other activation is supported")
@@ -198,7 +197,7 @@ def _config(family: str, fields: "_Fields") -> ModelConfig:
     )
 
 
-def _windows(family: str, fields: "_Fields", layers: int) -> tuple[int, ...]:
+def _windows(family: str, fields: Fields, layers: int) -> tuple[int, ...]:
     if "sliding_window" not in DEFAULTS[family]:
         return ()
     window = fields.optional_integer("sliding_window") or 0
@@ -229,12 +228,12 @@ def _context(positions: int, scaling: RopeScaling | None) -> int:
     return positions
 
 
-def _rope(fields: "_Fields", positions: int) -> tuple[float, RopeScaling | None]:
+def _rope(fields: Fields, positions: int) -> tuple[float, RopeScaling | None]:
     """Return RoPE's theta and scaling; a nonempty `rope_scaling` goes before `rope_parameters`, as in transformers."""
     if fields.optional_number("partial_rotary_factor") not in (None, 1.0):
         raise fields.error("partial_rotary_factor", "1: rotating a part of every head is not supported")
     old, new = fields.section("rope_scaling"), fields.section("rope_parameters")
-    rope = old or new or _Fields({})
+    rope = old or new or Fields({})
     theta = fields.number("rope_theta", above=1)
     if "rope_theta" in rope:
         theta = rope.number("rope_theta", above=1)
@@ -245,7 +244,7 @@ def _rope(fields: "_Fields", positions: int) -> tuple[float, RopeScaling | None]
     return theta, scaling
 
 
-def _scaling(rope: "_Fields", beside: int | None, positions: int) -> RopeScaling | None:
+def _scaling(rope: Fields, beside: int | None, positions: int) -> RopeScaling | None:
     """Return the scaling of a rope section; `beside` is the original length where it stands outside of it, and wins."""
     name = "rope_type" if "rope_type" in rope or "type" not in rope else "type"
     kind = rope.get(name) if name in rope else "default"
@@ -280,82 +279,3 @@ def _scaling(rope: "_Fields", beside: int | None, positions: int) -> RopeScaling
             high_freq_factor=rope.number("high_freq_factor"),
         )
     return RopeScaling(kind=str(kind), factor=factor, original_max_seq_len=original)
-
-
-class _Fields:
-    """Typed, bounded access to a JSON object, which notes what was read; errors name the field and its value."""
-
-    def __init__(self, raw: Mapping[str, object], prefix: str = "") -> None:
-        self._raw, self._prefix = raw, prefix
-        self._unread = set(raw)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._raw
-
-    def get(self, name: str) -> object:
-        """Return field `name` as it is, None where there is none."""
-        self._unread.discard(name)
-        return self._raw.get(name)
-
-    def error(self, name: str, expected: str) -> ModelFileError:
-        """Return the error that field `name` is not what was `expected`."""
-        found = f"is {reprlib.repr(self._raw[name])}" if name in self._raw else "is missing"
-        return ModelFileError(f"{self._prefix}{name} {found}, expected {expected}")
-
-    def integer(self, name: str, *, low: int = 1, high: int = MAX_SIZE) -> int:
-        """Return an integer from `low` to `high`; true and 1.0 are none."""
-        value = self.get(name)
-        if type(value) is int and low <= value <= high:
-            return value
-        raise self.error(name, f"an integer from {low} to {high}")
-
-    def number(self, name: str, *, above: int = 0) -> float:
-        """Return a number above `above`, up to `MAX_NUMBER`; true is none."""
-        value = self.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and above < value <= MAX_NUMBER:
-            return float(value)
-        raise self.error(name, f"a number above {above} and up to {MAX_NUMBER:g}")
-
-    def boolean(self, name: str) -> bool:
-        """Return a true or false."""
-        value = self.get(name)
-        if isinstance(value, bool):
-            return value
-        raise self.error(name, "true or false")
-
-    def optional_integer(self, name: str) -> int | None:
-        """Return an integer above 0, or None for null or nothing."""
-        return None if self.get(name) is None else self.integer(name)
-
-    def optional_number(self, name: str) -> float | None:
-        """Return a number, or None for null or nothing."""
-        return None if self.get(name) is None else self.number(name)
-
-    def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """Return a token id or a list of them, () for null or nothing."""
-        value = self.get(name)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if all(type(token) is int and 0 <= token < vocab_size for token in ids):
-            return tuple(ids)
-        raise self.error(name, f"ids of a vocabulary of {vocab_size} tokens")
-
-    def section(self, name: str) -> "_Fields | None":
-        """Return the fields of a nested object, or None for null, nothing or an empty one."""
-        value = self.get(name)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(name, "an object or null")
-        return _Fields(value, f"{self._prefix}{name}.") if value else None
-
-    def refuse_unread(self, is_harmless: Callable[[str], bool]) -> None:
-        """Raise for a field that was not read, is not harmless by its name, and says anything."""
-        for name in sorted(self._unread):
-            if self._raw[name] and not is_harmless(name):
-                raise self.error(name, "nothing: it changes what the model computes, and is not supported")
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except ModelFileError as error:
-        raise ModelFileError(f"{path}: {error}") from error

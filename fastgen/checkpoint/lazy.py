@@ -77,22 +77,37 @@ class FileTensor(LazyTensor):
 
 
 class Concat(LazyTensor):
-    """Tensors one below the other along dimension 0: wqkv is q, k and v; w_gate_up is gate and up."""
+    """Tensors one behind the other along a dimension: wqkv is q, k and v; w_gate_up is gate and up."""
 
-    def __init__(self, parts: Sequence[LazyTensor]) -> None:
-        super().__init__((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), parts[0].dtype)
-        assert all(part.shape[1:] == self.shape[1:] for part in parts), "parts of different widths"
-        self.parts = tuple(parts)
+    def __init__(self, parts: Sequence[LazyTensor], dimension: int = 0) -> None:
+        shape = list(parts[0].shape)
+        shape[dimension] = sum(part.shape[dimension] for part in parts)
+        super().__init__(shape, parts[0].dtype)
+        rests = {part.shape[:dimension] + part.shape[dimension + 1 :] for part in parts}
+        assert len(rests) == 1, "parts that differ in another dimension"
+        self.parts, self.dimension = tuple(parts), dimension
 
     def read(self, bounds: Bounds) -> torch.Tensor:
-        (start, stop), *inner = bounds
+        before, (start, stop), after = bounds[: self.dimension], bounds[self.dimension], bounds[self.dimension + 1 :]
         pieces, first = [], 0
         for part in self.parts:
-            low, high = max(start - first, 0), min(stop - first, part.shape[0])
+            size = part.shape[self.dimension]
+            low, high = max(start - first, 0), min(stop - first, size)
             if low < high:
-                pieces.append(part.read(((low, high), *inner)).to(self.dtype))
-            first += part.shape[0]
-        return torch.cat(pieces) if pieces else self.parts[0].read(((0, 0), *inner))
+                pieces.append(part.read((*before, (low, high), *after)).to(self.dtype))
+            first += size
+        return torch.cat(pieces, self.dimension) if pieces else self.parts[0].read((*before, (0, 0), *after))
+
+
+class Computed(LazyTensor):
+    """A tensor that `compute` makes, for given bounds, of what other lazy tensors read."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, compute: Callable[[Bounds], torch.Tensor]) -> None:
+        super().__init__(shape, dtype)
+        self.compute = compute
+
+    def read(self, bounds: Bounds) -> torch.Tensor:
+        return self.compute(bounds)
 
 
 class HalfSplit(LazyTensor):
@@ -122,3 +137,4 @@ class Checkpoint:
     tensors: Mapping[str, LazyTensor]
     open_tokenizer: Callable[[], Tokenizer]
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)  # of the linears that it holds quantized
+    notes: tuple[str, ...] = ()  # what its user should know, a line each

@@ -8,27 +8,26 @@ Ours are few and fused (letters: `fastgen.config`); a scheme says which foreign 
                 q_norm.weight, k_norm.weight [d] (config.qk_norm)
 
 A linear's `.bias` has its weight's rows. A quantized linear has, in place of `.weight`, the tensors that
-`quantize.int8` or `quantize.int4` lists. `assemble` is the only way from a file's tensors to a model's: what it returns
-fits the config, and everything that does not fit comes in one error.
+`quantize.int8` or `quantize.int4` lists; what it has in a file, a `StoredLinear` says. `assemble` is the only way from
+a file's tensors to a model's: what it returns fits the config, and everything that does not fit comes in one error.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fastgen.checkpoint.compressed_tensors import Int8Weight, ZeroPoints, stored_shapes
+from fastgen.checkpoint.integers import Leaves, StoredLinear, dequantized, in_memory
 from fastgen.checkpoint.lazy import Concat, HalfSplit, LazyTensor
 from fastgen.config import ModelConfig
 from fastgen.errors import ModelFileError
 from quantize.format import WeightFormat
 
 Shape = tuple[int, ...]
-Parts = list[tuple[str, Shape]]
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-PACKED_LEAVES = ("weight_packed", "weight_zero_point")  # int32
 SHAPE_LEAF = ".weight_shape"  # of a quantized weight; the config tells as much
 SHOWN = 8  # names that an error lists before it only counts
 
@@ -76,6 +75,7 @@ META = Scheme(
         "w_down": ("feed_forward.w2",),
     },
     interleaved=True,
+    ignored=("rope.freqs",),
 )
 
 GGUF_NEOX = Scheme(
@@ -101,37 +101,41 @@ def assemble(
     foreign: Mapping[str, LazyTensor],
     scheme: Scheme,
     source: Path,
+    stored: Mapping[str, StoredLinear] | None = None,
     formats: Mapping[str, WeightFormat] | None = None,
 ) -> dict[str, LazyTensor]:
     """Return the tensors of a model with `config` by our names, composed of those that `source` holds.
 
-    `formats` are those of our linears that are quantized, by our names (`fused_formats`). Raises one `ModelFileError`
-    that names, as the file does, all missing, unexpected and unfit tensors.
+    `stored` are the linears that it holds quantized, by their foreign names. Of these, the ones in `formats`, by our
+    names (`fused_formats`), keep their integers, the others are dequantized as they are read. Raises one
+    `ModelFileError` that names, as the file does, all missing, unexpected and unfit tensors.
     """
     if config.n_layers > len(foreign):
         raise ModelFileError(
             f"{source}: {len(foreign)} tensors cannot make up the {config.n_layers} layers that the config asks for"
         )
-    formats = formats or {}
-    wanted: dict[str, Parts] = {}
+    stored, formats = stored or {}, formats or {}
+    wanted: dict[str, list[tuple[str, Leaves]]] = {}  # by our name the foreign modules, and the leaves of each
     for ours, shapes in _part_shapes(config):
-        module, leaf = ours.rsplit(".", 1)
-        parts = _foreign_parts(ours, shapes, scheme)
-        quantized = formats.get(module) if leaf == "weight" else None
-        wanted |= _stored(module, parts, quantized) if quantized else {ours: parts}
-    _check({name: shape for parts in wanted.values() for name, shape in parts}, foreign, config, scheme, source)
-    assert not (formats and scheme.interleaved), "the rows of packed weights are never permuted"
+        leaf = ours.rpartition(".")[2]
+        wanted[ours] = [
+            (name, stored[name].leaves if leaf == "weight" and name in stored else {leaf: (shape, WEIGHT_DTYPES)})
+            for name, shape in _foreign_parts(ours, shapes, scheme)
+        ]
+    leaves = {f"{name}.{leaf}": fit for parts in wanted.values() for name, fits in parts for leaf, fit in fits.items()}
+    _check(leaves, foreign, config, scheme, source)
     tensors: dict[str, LazyTensor] = {}
     for ours, parts in wanted.items():
         module, leaf = ours.rsplit(".", 1)
-        found = [foreign[name] for name, _ in parts]
-        if leaf == "weight_zero_point":
-            weights = wanted[f"{module}.weight_packed"]
-            found = [ZeroPoints(part, shape[0]) for part, (_, shape) in zip(found, weights, strict=True)]
-        elif leaf == "weight_packed" and formats[module].bits == 8:
-            leaf, width = "weight", linear_columns(config)[module.rpartition(".")[2]]
-            found = [Int8Weight(part, width) for part in found]
-        tensors[f"{module}.{leaf}"] = _compose(ours, found, config, scheme)
+        found = []
+        for name, fits in parts:
+            there = {stem: foreign[f"{name}.{stem}"] for stem in fits}
+            if leaf == "weight" and name in stored:
+                matrix = stored[name].view(there)
+                there = in_memory(matrix, formats[module]) if module in formats else {leaf: dequantized(matrix)}
+            found.append(there)
+        for stem in found[0]:
+            tensors[f"{module}.{stem}"] = _compose(module, [there[stem] for there in found], config, scheme)
     return tensors
 
 
@@ -165,25 +169,37 @@ def part_rows(config: ModelConfig, kind: str) -> list[int]:
     }.get(kind, [])
 
 
-def fused_formats(
-    config: ModelConfig, scheme: Scheme, formats: Mapping[str, WeightFormat], source: Path
-) -> dict[str, WeightFormat]:
-    """Return the formats of our linears from those of the foreign ones, of which each is made up.
-
-    Raises `ModelFileError` where the parts of one differ, or where a group does not divide its width.
-    """
-    fused = {}
+def linear_shapes(config: ModelConfig, scheme: Scheme) -> dict[str, tuple[int, int]]:
+    """Return the shape [out, in] of every linear by its foreign name; a head that is tied counts."""
+    shapes = {}
+    whole = {"wo": config.dim, "w_down": config.dim, "lm_head": config.vocab_size}
     for ours, parts in linear_parts(config, scheme).items():
-        found = {formats.get(part) for part in parts}
-        if len(found) > 1:
-            shown = ", ".join(f"{part}: {formats.get(part) or 'not quantized'}" for part in parts)
-            raise ModelFileError(f"{source}: linears that are computed as one are quantized differently: {shown}")
-        weight_format, columns = found.pop(), linear_columns(config)[ours.rpartition(".")[2]]
-        if weight_format and weight_format.group_size and columns % weight_format.group_size:
-            raise ModelFileError(f"{source}: {parts[0]} has {columns} columns, which {weight_format} does not divide")
-        if weight_format and not (ours == "lm_head" and config.tie_embeddings):
+        kind = ours.rpartition(".")[2]
+        for name, rows in zip(parts, part_rows(config, kind) or [whole[kind]], strict=True):
+            shapes[name] = (rows, linear_columns(config)[kind])
+    return shapes
+
+
+def fused_formats(
+    config: ModelConfig, scheme: Scheme, stored: Mapping[str, StoredLinear]
+) -> tuple[dict[str, WeightFormat], tuple[str, ...]]:
+    """Return the formats of our linears that keep their integers, and what to say of those that cannot, in a line.
+
+    One of ours is made up of several foreign ones, which all must have that format.
+    """
+    fused, lost = {}, Counter[str]()
+    for ours, parts in linear_parts(config, scheme).items():
+        if ours == "lm_head" and config.tie_embeddings:
+            continue
+        kinds = [stored[part].kind for part in parts if part in stored]
+        formats = {stored[part].format if part in stored else None for part in parts}
+        weight_format = formats.pop() if len(formats) == 1 else None
+        if weight_format:
             fused[ours] = weight_format
-    return fused
+        elif kinds:
+            lost[", ".join(dict.fromkeys(kinds))] += 1
+    found = [f"{count} linears of {kind}" for kind, count in lost.most_common()]
+    return fused, (f"dequantized while loading, since no form of ours fits: {'; '.join(found)}",) if found else ()
 
 
 def main_dtype(tensors: Iterable[LazyTensor]) -> torch.dtype:
@@ -232,61 +248,44 @@ def _layer_part_shapes(config: ModelConfig) -> Iterator[tuple[str, list[Shape]]]
         yield f"{name}.weight", [(size,)]
 
 
-def _stored(module: str, parts: Parts, weight_format: WeightFormat) -> dict[str, Parts]:
-    """Return the tensors that hold a quantized weight, each with its parts, from the parts of the plain weight."""
-    stored: dict[str, Parts] = {}
-    for name, (rows, columns) in parts:
-        for leaf, shape in stored_shapes(weight_format, rows, columns).items():
-            stored.setdefault(f"{module}.{leaf}", []).append((f"{name.rpartition('.')[0]}.{leaf}", shape))
-    return stored
-
-
-def _foreign_parts(ours: str, shapes: Sequence[Shape], scheme: Scheme) -> Parts:
-    """Return the foreign name and the shape of every part of our tensor `ours`."""
-    module, leaf = ours.rsplit(".", 1)
+def _foreign_parts(ours: str, shapes: Sequence[Shape], scheme: Scheme) -> list[tuple[str, Shape]]:
+    """Return the foreign module and the shape of every part of our tensor `ours`."""
+    module = ours.rpartition(".")[0]
     if module in scheme.model:
         names: tuple[str, ...] = (scheme.model[module],)
     else:
         _, layer, module = module.split(".")
         assert module in scheme.layer, f"the scheme has no name for {module}: its reader must refuse such a config"
         names = tuple(scheme.layer_prefix.format(layer) + name for name in scheme.layer[module])
-    return [(f"{name}.{leaf}", shape) for name, shape in zip(names, shapes, strict=True)]
+    return list(zip(names, shapes, strict=True))
 
 
-def _compose(ours: str, parts: Sequence[LazyTensor], config: ModelConfig, scheme: Scheme) -> LazyTensor:
-    if ".wqkv." in ours and scheme.interleaved:
+def _compose(module: str, parts: Sequence[LazyTensor], config: ModelConfig, scheme: Scheme) -> LazyTensor:
+    if module.endswith(".wqkv") and scheme.interleaved:
         query, key, value = parts
         parts = [HalfSplit(query, config.head_dim), HalfSplit(key, config.head_dim), value]
     return Concat(parts) if len(parts) > 1 else parts[0]
 
 
 def _check(
-    wanted: Mapping[str, Shape],
-    foreign: Mapping[str, LazyTensor],
-    config: ModelConfig,
-    scheme: Scheme,
-    source: Path,
+    wanted: Leaves, foreign: Mapping[str, LazyTensor], config: ModelConfig, scheme: Scheme, source: Path
 ) -> None:
     # A head beside tied embeddings is a copy that some writers leave; Transformers does not read it either.
     head = {f"{scheme.model['lm_head']}.weight"} if config.tie_embeddings else set()
     known = head.union(wanted)
-    ignored = (*scheme.ignored, *([SHAPE_LEAF] if any(name.endswith(PACKED_LEAVES) for name in wanted) else []))
+    ignored = (*scheme.ignored, *([SHAPE_LEAF] if any(name.endswith(".weight_packed") for name in wanted) else []))
     problems = {
         "missing tensors": [name for name in wanted if name not in foreign],
         "unexpected tensors": [name for name in foreign if name not in known and not name.endswith(ignored)],
         "tensors that do not fit the config": [
             f"{name} is {_describe(foreign[name])} where {list(shape)} is expected"
-            for name, shape in wanted.items()
-            if name in foreign and (foreign[name].shape != shape or foreign[name].dtype not in _dtypes(name))
+            for name, (shape, dtypes) in wanted.items()
+            if name in foreign and (foreign[name].shape != shape or foreign[name].dtype not in dtypes)
         ],
     }
     found = [f"{kind} ({len(names)}): {shortened(names)}" for kind, names in problems.items() if names]
     if found:
         raise ModelFileError(f"{source}: " + "\n".join(found))
-
-
-def _dtypes(name: str) -> tuple[torch.dtype, ...]:
-    return (torch.int32,) if name.endswith(PACKED_LEAVES) else WEIGHT_DTYPES
 
 
 def _describe(tensor: LazyTensor) -> str:
