@@ -148,13 +148,16 @@ class Engine:
         streams: list[TextStream] | None = None,
         samples: Sequence[int] | None = None,
     ) -> Iterator[Piece]:
-        """Yield every row's text piece by piece.
+        """Return an iterator over every row's text, piece by piece; raises as `generate`, for bad prompts at once.
 
         `streams` receives the rows' `TextStream`s, whose completions can be asked for at any time; `samples` numbers
         the rows for the noise, so that equal prompts give different texts (by default 0, 1, ...).
         """
         options = options or GenerationOptions()
         ids = self.encode(prompts)
+        samples = range(len(ids)) if samples is None else samples
+        if len(samples) != len(ids):
+            raise UsageError(f"{len(samples)} sample numbers for {len(ids)} prompts: expected one for each")
         rows = [
             TextStream(
                 self.model.tokenizer, row, options, room=self.max_seq_len - len(row), stop_ids=self.model.stop_ids
@@ -163,7 +166,13 @@ class Engine:
         ]
         if streams is not None:
             streams.extend(rows)
-        for tokens, logprobs in self.tokens(ids, options, samples=samples or range(len(ids))):
+        return self._pieces(ids, rows, options, samples)
+
+    def _pieces(
+        self, ids: list[list[int]], rows: list[TextStream], options: GenerationOptions, samples: Sequence[int]
+    ) -> Iterator[Piece]:
+        """Generate, and give every row its tokens until all have ended."""
+        for tokens, logprobs in self.tokens(ids, options, samples=samples):
             for row, (text, token) in enumerate(zip(rows, tokens, strict=True)):
                 if not text.finish_reason:
                     if token == INVALID_TOKEN:

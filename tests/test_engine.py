@@ -114,6 +114,14 @@ def test_prompts_that_cannot_be_continued_are_refused(prompts: list[list[int]], 
         Engine(random_model(max_seq_len=64)).generate(prompts)
 
 
+def test_a_stream_refuses_bad_prompts_at_the_call() -> None:
+    engine = Engine(random_model(max_seq_len=64), batch=2)
+    with pytest.raises(UsageError, match="token 300"):
+        engine.stream([[1], [300]])
+    with pytest.raises(UsageError, match="1 sample numbers for 2 prompts"):
+        engine.stream([[1], [2]], samples=[7])
+
+
 def test_a_context_beyond_the_models_is_refused() -> None:
     with pytest.raises(UsageError, match=r"1000.*256"):
         Engine(random_model(), max_seq_len=1000)
