@@ -70,7 +70,7 @@ class SourceFlags(TokenizerFlags):
 
     model: str = flag(
         "stories",
-        "a folder, a file, or a built-in name: stories (default), smollm2",
+        "a folder, a file, a hub id (OWNER/NAME), or a built-in name: stories (default), smollm2",
         aliases=["checkpoint-path"],
         metavar="M",
     )
@@ -186,7 +186,7 @@ def generation_options(config: SamplingFlags, *, ignore_eos: bool = False) -> Ge
     )
 
 
-UNBUILT = ("revision", "kv_cache", "draft", "speculate", "accept")
+UNBUILT = ("kv_cache", "draft", "speculate", "accept")
 """Flags that exist from the start and are refused until what they name is built."""
 
 
@@ -335,6 +335,11 @@ class Phases:
             yield lambda done, total: None
         self.seconds[name] = time.perf_counter() - start
         sys.stderr.write(f"{name:<10} {detail}  {self.seconds[name]:.1f} s\n")
+
+    def note(self, lines: Sequence[str]) -> None:
+        """Say what the user should know."""
+        for line in lines:
+            sys.stderr.write(f"{'note':<10} {line}\n")
 
 
 @contextlib.contextmanager

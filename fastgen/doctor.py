@@ -8,10 +8,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fastgen import cli
-from fastgen.errors import UsageError
+from fastgen.errors import ModelFileError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -52,10 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastgen.device import choose_placement
     from fastgen.diagnosis import FAIL, OK, Finding, check_compile, examine
     from fastgen.kernels.bandwidth import measure_read_bandwidth
-    from fastgen.load import resolve
 
     device = choose_placement(config.device).device
-    checkpoint = open_checkpoint(resolve(config.model)) if config.model else None
+    checkpoint = open_checkpoint(_path(config.model)) if config.model else None
     context = _context(config, checkpoint)
     out = sys.stderr if config.json else sys.stdout
     findings: list[Finding] = []
@@ -78,6 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.json:
         _print_document(config, findings, bandwidth, needs)
     return int(any(finding.status == FAIL for finding in findings))
+
+
+def _path(name: str) -> Path:
+    """Return where a model is; nothing is downloaded, so one of the hub must be in the cache."""
+    from fastgen.load import locate
+
+    place = locate(name)
+    if not isinstance(place, Path):
+        raise ModelFileError(f"--model {name}: not in the cache; fastgen.generate would download {place.title}")
+    return place
 
 
 def _context(config: DoctorConfig, checkpoint: "Checkpoint | None") -> int:

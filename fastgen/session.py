@@ -4,21 +4,34 @@ Commands import it inside functions, since it imports torch.
 """
 
 import dataclasses
+from pathlib import Path
 
 from fastgen import cli, report
 from fastgen.device import describe
 from fastgen.engine import Engine
 from fastgen.errors import RecompiledError
-from fastgen.load import LoadedModel, load_model, use_kernels
+from fastgen.hub_id import commit_of
+from fastgen.load import LoadedModel, load_model, locate, use_kernels
 from fastgen.options import GenerationOptions
+
+
+def find(config: cli.SourceFlags, phases: cli.Phases, name: str | None = None) -> Path:
+    """Return the path of the model that the flags name (or `name`), downloaded with progress if it has to be."""
+    revision = config.revision if name in (None, config.model) else None
+    place = locate(name or config.model, revision=revision, offline=config.offline)
+    if isinstance(place, Path):
+        return place
+    with phases.phase("download", place.title) as advance:
+        return place.run(advance)
 
 
 def load(config: cli.ModelFlags, phases: cli.Phases, name: str | None = None) -> LoadedModel:
     """Load the model that the flags name (or `name`), with progress."""
-    name = name or config.model
-    with phases.phase("load", name) as advance:
+    path = find(config, phases, name)
+    with phases.phase("load", name or config.model) as advance:
         model = load_model(
-            name,
+            path,
+            offline=config.offline,
             tokenizer=config.tokenizer,
             device=config.device,
             dtype=config.dtype,
@@ -28,6 +41,7 @@ def load(config: cli.ModelFlags, phases: cli.Phases, name: str | None = None) ->
             keep=config.keep,
             progress=advance,
         )
+    phases.note(model.checkpoint.notes)
     use_kernels(model, config.kernels)
     return model
 
@@ -51,7 +65,13 @@ def document(prog: str, config: cli.ModelFlags, model: LoadedModel) -> dict[str,
         "schema_version": report.SCHEMA_VERSION,
         "command": prog,
         "config": dataclasses.asdict(config),
-        "model": {"path": str(model.checkpoint.path), "format": model.checkpoint.format},
+        "model": model_entry(model),
         "device": describe(model.placement.device),
         "versions": report.versions(),
     }
+
+
+def model_entry(model: LoadedModel) -> dict[str, object]:
+    """Return what a document says of a model: where it is from, and of the hub's the hash of the revision."""
+    path = model.checkpoint.path
+    return {"path": str(path), "format": model.checkpoint.format, "revision": commit_of(path)}

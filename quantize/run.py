@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from quantize.folder import write_folder
 
     phases = cli.Phases()
-    job, files = _plan(config)
+    job, files = _plan(config, phases)
     _check_space(target, job.bytes())
     with staged_folder(target) as folder:
         with phases.phase("quantize", config.model) as advance:
@@ -107,16 +107,17 @@ def _by_layer(linears: Sequence["LinearReport"]) -> dict[str, list["LinearReport
     return layers
 
 
-def _plan(config: QuantizeConfig) -> tuple["Job", dict[str, bytes]]:
+def _plan(config: QuantizeConfig, phases: cli.Phases) -> tuple["Job", dict[str, bytes]]:
     """Return what is to be written: the job, and the tokenizer's files by name."""
     from fastgen.checkpoint.detect import open_checkpoint
     from fastgen.device import DTYPES, choose_placement
-    from fastgen.load import make_scheme, resolve
+    from fastgen.load import make_scheme
+    from fastgen.session import find
     from quantize.folder import Job
 
     scheme = make_scheme(config.quant, group_size=config.group_size, symmetric=config.symmetric, keep=config.keep)
     assert scheme is not None, "--quant is given"
-    checkpoint = open_checkpoint(resolve(config.model))
+    checkpoint = open_checkpoint(find(config, phases))
     if checkpoint.formats:
         raise UsageError(f"--model {config.model}: is quantized already; give the model that it was made from")
     job = Job(
@@ -129,10 +130,11 @@ def _plan(config: QuantizeConfig) -> tuple["Job", dict[str, bytes]]:
 
 
 def _tokenizer_files(config: QuantizeConfig, checkpoint: "Checkpoint") -> dict[str, bytes]:
+    from fastgen.load import resolve_tokenizer
     from fastgen.tokenizer.open import check_vocabulary, open_tokenizer
     from fastgen.tokenizer.save import tokenizer_as_files, tokenizer_beside
 
-    place = Path(config.tokenizer) if config.tokenizer else checkpoint.path
+    place = resolve_tokenizer(config.tokenizer, config.offline) if config.tokenizer else checkpoint.path
     tokenizer = open_tokenizer(place) if config.tokenizer else checkpoint.open_tokenizer()
     check_vocabulary(tokenizer, checkpoint.config.vocab_size, place)
     if config.tokenizer is None and checkpoint.format == "gguf":
@@ -165,6 +167,7 @@ def _check_space(target: Path, needed: int) -> None:
 
 
 def _report(config: QuantizeConfig, job: "Job", linears: Sequence["LinearReport"]) -> dict[str, object]:
+    from fastgen.hub_id import commit_of
     from fastgen.report import SCHEMA_VERSION, versions
 
     weights = {name.removesuffix(".weight"): tensor for name, tensor in job.tensors().items()}
@@ -173,7 +176,11 @@ def _report(config: QuantizeConfig, job: "Job", linears: Sequence["LinearReport"
         "schema_version": SCHEMA_VERSION,
         "command": PROG,
         "config": dataclasses.asdict(config),
-        "source": {"path": job.checkpoint.path.name, "format": job.checkpoint.format},
+        "source": {
+            "path": job.checkpoint.path.name,
+            "format": job.checkpoint.format,
+            "revision": commit_of(job.checkpoint.path),
+        },
         "versions": versions(),
         "bytes": job.bytes(),
         "source_bytes": sum(tensor.nbytes for tensor in job.checkpoint.tensors.values()),
@@ -186,8 +193,9 @@ def _measure(config: QuantizeConfig, folder: Path, text: str, phases: cli.Phases
     """Return how the model in `folder` compares with the original on a text."""
     from fastgen.load import load_model
     from fastgen.scoring import score
+    from fastgen.session import find
 
-    original = load_model(config.model, tokenizer=config.tokenizer, device=config.device, dtype=config.dtype)
+    original = load_model(find(config, phases), tokenizer=config.tokenizer, device=config.device, dtype=config.dtype)
     model = load_model(folder, device=config.device, dtype=config.dtype)
     tokens = model.tokenizer.encode(text)[: config.max_tokens]
     width = min(config.window, model.config.max_seq_len)

@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (r"fastgen\.kernels\.\w+",),
     (r"fastgen\.model", r"quantize\.(format|tokens|cpu|int8|int4)"),
-    (r"fastgen\.checkpoint\.\w+", r"fastgen\.hub"),
+    (r"fastgen\.checkpoint\.\w+", r"fastgen\.(hub|hub_id)"),
     (r"quantize\.(gptq|scheme|linear|folder)",),
     (r"tp\.(dist|plan)",),
     (r"tp\.apply",),
