@@ -4,13 +4,12 @@
 that may turn out to be the beginning of a stop string.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastgen.errors import UsageError
 from fastgen.options import GenerationOptions
-from fastgen.tokenizer.base import Tokenizer
+from fastgen.tokenizer.base import Tokenizer, any_of
 from fastgen.tokenizer.chat_template import render_chat
 
 
@@ -48,7 +47,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
     hidden = dict(zip(_unused_characters(contents), special, strict=False))
     text = _render(tokenizer, [{**message, "content": _hide(message["content"], hidden)} for message in messages])
     ids: list[int] = []
-    for part in re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", text):
+    for part in any_of(special).split(text):
         if part in special:
             ids.append(special[part])
         elif part:

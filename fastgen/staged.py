@@ -35,8 +35,10 @@ def staged_folder(target: Path) -> Iterator[Path]:
     with _explained(target):
         staging = _claim(target)
         staging.mkdir()
-        try:
+    try:
+        with _explained(target, full_disk_only=True):
             yield staging
+        with _explained(target):
             for folder, _, names in os.walk(staging):
                 for path in (*(Path(folder, name) for name in names), Path(folder)):
                     _sync(path)
@@ -45,9 +47,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
             else:
                 os.rename(staging, target)
             _sync(target.parent)
-        finally:
-            _remove(staging)
-            _remove_leftovers(target)
+    finally:
+        _remove(staging)
+        _remove_leftovers(target)
 
 
 @contextmanager
@@ -56,18 +58,22 @@ def staged_file(target: Path) -> Iterator[Path]:
     target = target.resolve()
     with _explained(target):
         staging = _claim(target)
-        try:
+    try:
+        with _explained(target, full_disk_only=True):
             yield staging
+        with _explained(target):
             _sync(staging)
             os.replace(staging, target)
             _sync(target.parent)
-        finally:
-            _remove(staging)
-            _remove_leftovers(target)
+    finally:
+        _remove(staging)
+        _remove_leftovers(target)
 
 
 @contextmanager
-def _explained(target: Path) -> Iterator[None]:
+def _explained(target: Path, *, full_disk_only: bool = False) -> Iterator[None]:
+    """Turn an `OSError` into one that names `target`; around a caller's block, whose others may be about anything, only
+    one that says that the disk is full."""
     try:
         yield
     except OSError as error:
@@ -76,6 +82,8 @@ def _explained(target: Path) -> Iterator[None]:
                 f"{target}: cannot be written: {error.strerror}; what was there before is untouched\n"
                 "Free some space, or write to another disk"
             ) from error
+        if full_disk_only:
+            raise
         raise UsageError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 

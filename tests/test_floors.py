@@ -10,7 +10,7 @@ PACKAGES = ("fastgen", "quantize", "tp")
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        r"fastgen\.(config|options|shapes|errors|files|manifest|staged|device|noise|sampling)",
+        r"fastgen\.(config|options|shapes|errors|files|json_file|manifest|staged|device|noise|sampling)",
         r"fastgen\.tokenizer\.\w+",
         r"fastgen\.kernels\.(reference|rope)",
     ),

@@ -96,6 +96,13 @@ VARIANTS: dict[str, dict[str, object]] = {
     "window-of-no-layer": SMALL | WINDOWED | {"max_window_layers": 4},
     "window-switched-off": SMALL | {"sliding_window": 16, "max_window_layers": 0},
     "layer-types": SMALL | WINDOWED | {"layer_types": ["full_attention", "sliding_attention"] * 2},
+    "layer-types-of-llama": {"model_type": "llama", "layer_types": ["full_attention"] * 32},
+    "layer-types-of-mistral": {"model_type": "mistral", "layer_types": ["sliding_attention"] * 32},
+    "layer-types-of-mistral-without-window": {
+        "model_type": "mistral",
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * 32,
+    },
     "linear": SMALL | {"rope_scaling": {"type": "linear", "factor": 2}},
     "dynamic": SMALL | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 5000.0},
     "dynamic-new": SMALL | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5000.0}},
@@ -202,7 +209,11 @@ REFUSED: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "qk-norm-of-llama": ({"use_qk_norm": True}, ("use_qk_norm", "True")),
     "window-of-llama": ({"sliding_window": 4096}, ("sliding_window", "4096")),
     "chunked-attention": ({"attention_chunk_size": 8192}, ("attention_chunk_size",)),
-    "layer-types-of-llama": ({"layer_types": ["full_attention"] * 32}, ("layer_types",)),
+    "layer-types-of-llama": ({"layer_types": ["sliding_attention"] * 32}, ("layer_types", "full attention only")),
+    "layer-types-of-mistral": (
+        {"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"] * 16},
+        ("layer_types", "sliding attention only"),
+    ),
     "bias-of-mistral": ({"model_type": "mistral", "attention_bias": True}, ("attention_bias", "True")),
     "mlp-bias-of-qwen": ({"model_type": "qwen3", "mlp_bias": True}, ("mlp_bias", "True")),
     "layer-types-too-few": (
@@ -348,6 +359,12 @@ def test_a_broken_file_is_one_short_error(tmp_path: Path, name: str, content: by
         read_hf_config(path)
     assert str(caught.value).startswith(f"{broken}: ")
     assert len(str(caught.value)) < len(str(broken)) + 200
+
+
+def test_a_byte_order_mark_in_front_is_passed_over(tmp_path: Path) -> None:
+    plain = read_hf_config(write(tmp_path, "config.json", SMALL))
+    (tmp_path / "config.json").write_text(json.dumps(SMALL), encoding="utf-8-sig")
+    assert read_hf_config(tmp_path / "config.json") == plain
 
 
 def test_what_is_no_regular_file_of_a_sane_size_is_refused(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ NAMED: dict[str, tuple[Callable[[], bytes], str]] = {
     "gguf": (lambda: b"GGUF" + bytes(60), "no known tokenizer"),
     "half a sentencepiece model": (lambda: small_sentencepiece()[:2000], "damaged"),
     "one byte of a sentencepiece model": (lambda: b"\n", "damaged"),
-    "half a json": (lambda: small_byte_level().encode()[:500], "no valid JSON"),
-    "deep json": (lambda: b'{"a":' + b"[" * 100_000, "no valid JSON"),
+    "half a json": (lambda: small_byte_level().encode()[:500], "damaged JSON"),
+    "deep json": (lambda: b'{"a":' + b"[" * 100_000, "damaged JSON"),
     "json of something else": (lambda: b'{"version": "1.0"}', "no valid tokenizer.json"),
     "json with another decoder": (
         lambda: edited_json(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}),
@@ -127,12 +127,21 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         open_tokenizer(tmp_path)
 
 
+def test_a_byte_order_mark_in_front_of_a_file_is_passed_over(tmp_path: Path) -> None:
+    texts = {"tokenizer.json": small_byte_level(), "tokenizer_config.json": "{}", "chat_template.jinja": "{{ 1 }}"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("the time", bos=False)) == "the time"
+    assert tokenizer.chat_template == "{{ 1 }}"
+
+
 @pytest.mark.parametrize(
     "file, content, message",
     [
-        ("tokenizer_config.json", "{", "not valid JSON"),
-        ("tokenizer_config.json", "[" * 100_000, "not valid JSON"),
-        ("tokenizer_config.json", "[]", "expected an object"),
+        ("tokenizer_config.json", "{", "damaged JSON"),
+        ("tokenizer_config.json", "[" * 100_000, "damaged JSON"),
+        ("tokenizer_config.json", "[]", "a JSON object is expected"),
         ("tokenizer_config.json", '{"add_bos_token": "yes"}', "add_bos_token is 'yes'"),
         ("tokenizer_config.json", '{"bos_token": "<nope>"}', "bos_token '<nope>'"),
         ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id is '2'"),

@@ -127,6 +127,13 @@ def test_a_full_disk_leaves_a_file_as_it_was(tmp_path: Path) -> None:
     assert path.read_bytes() == before and [path] == list(tmp_path.iterdir())
 
 
+def test_an_error_of_the_block_that_is_not_about_the_target_stays_what_it_is(tmp_path: Path) -> None:
+    for staged in (staged_file, staged_folder):
+        with pytest.raises(FileNotFoundError, match="elsewhere"), staged(tmp_path / "target"):
+            (tmp_path / "elsewhere").read_bytes()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="a: cannot be written: File exists"), staged_file(tmp_path / "file" / "a"):

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastgen.checkpoint.hf_config import read_hf_config
-from fastgen.checkpoint.json_file import read_json
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
 from fastgen.checkpoint.names import HF, assemble, fused_formats, main_dtype, shortened
 from fastgen.checkpoint.quantized import stored_linears
@@ -17,6 +16,7 @@ from fastgen.checkpoint.safetensors_file import read_safetensors
 from fastgen.checkpoint.torch_bin import looks_like_torch, read_torch
 from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile
+from fastgen.json_file import read_json
 from fastgen.tokenizer.open import open_tokenizer
 
 INDEX = ".index.json"

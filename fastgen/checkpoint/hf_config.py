@@ -18,12 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastgen.checkpoint.fields import Fields
-from fastgen.checkpoint.json_file import read_json
-from fastgen.config import ModelConfig, RopeScaling
+from fastgen.config import MAX_LAYERS, ModelConfig, RopeScaling
 from fastgen.errors import ModelFileError
 from fastgen.files import naming
-
-MAX_LAYERS = 4096  # one number each is kept in memory before any tensor is looked for
+from fastgen.json_file import read_json
 
 SHARED_DEFAULTS: Mapping[str, object] = {
     "hidden_size": 4096,
@@ -198,23 +196,26 @@ def _config(family: str, fields: Fields) -> ModelConfig:
 
 
 def _windows(family: str, fields: Fields, layers: int) -> tuple[int, ...]:
-    if "sliding_window" not in DEFAULTS[family]:
-        return ()
-    window = fields.optional_integer("sliding_window") or 0
-    if family == "mistral":
-        return (window,) * layers
-    first = fields.integer("max_window_layers", low=0)
-    if not fields.boolean("use_sliding_window"):
-        window = 0
+    """Return every layer's window; `layer_types` chooses among them in a qwen, elsewhere it may only agree."""
+    window, first = 0, 0
+    if "sliding_window" in DEFAULTS[family]:
+        window = fields.optional_integer("sliding_window") or 0
+    if "use_sliding_window" in DEFAULTS[family]:
+        first = fields.integer("max_window_layers", low=0)
+        window = window if fields.boolean("use_sliding_window") else 0
+    usual = tuple(window if layer >= first else 0 for layer in range(layers))
     types = fields.get("layer_types")
     if types is None:
-        return tuple(window if layer >= first else 0 for layer in range(layers))
+        return usual
     widths = {"full_attention": 0, "sliding_attention": window}
     if not isinstance(types, list) or len(types) != layers or not all(kind in list(widths) for kind in types):
         raise fields.error("layer_types", f"{layers} times 'full_attention' or 'sliding_attention'")
     if not window and "sliding_attention" in types:
         raise fields.error("layer_types", "full attention only, where use_sliding_window is off or there is no window")
-    return tuple(widths[kind] for kind in types)
+    chosen = tuple(widths[kind] for kind in types)
+    if "layer_types" not in DEFAULTS[family] and chosen != usual:
+        raise fields.error("layer_types", f"sliding attention only: that is what a {family} with a window has")
+    return chosen
 
 
 def _context(positions: int, scaling: RopeScaling | None) -> int:

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastgen.checkpoint.fields import Fields
-from fastgen.checkpoint.json_file import read_json
 from fastgen.checkpoint.lazy import Checkpoint, Concat, LazyTensor
 from fastgen.checkpoint.meta_config import EMBEDDING, config_from_params
 from fastgen.checkpoint.names import META, assemble, main_dtype, shortened
 from fastgen.checkpoint.torch_bin import read_torch
 from fastgen.errors import ModelFileError
 from fastgen.files import naming
+from fastgen.json_file import read_json
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.open import NAMES, open_tokenizer
 

@@ -11,12 +11,12 @@ from fastgen.checkpoint.compressed_tensors import compressed_linears
 from fastgen.checkpoint.fields import Fields
 from fastgen.checkpoint.gptq import gptq_linears
 from fastgen.checkpoint.integers import StoredLinear
-from fastgen.checkpoint.json_file import read_json
 from fastgen.checkpoint.lazy import LazyTensor
 from fastgen.checkpoint.names import HF, linear_shapes
 from fastgen.config import ModelConfig
 from fastgen.errors import ModelFileError
 from fastgen.files import naming
+from fastgen.json_file import read_json
 
 METHODS = ("compressed-tensors", "gptq", "awq")
 OWN_FILES = {"gptq": "quantize_config.json", "awq": "quant_config.json"}

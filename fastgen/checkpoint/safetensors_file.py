@@ -12,10 +12,10 @@ from typing import TypeGuard
 
 import torch
 
-from fastgen.checkpoint.json_file import parse_json
 from fastgen.checkpoint.lazy import FileTensor
 from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile
+from fastgen.json_file import parse_json
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_SIZE = 2**48  # elements in a dimension and in a tensor: beyond any file, below any overflow

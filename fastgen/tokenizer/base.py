@@ -148,8 +148,12 @@ class SegmentedTokenizer(Tokenizer):
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.special, key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        return any_of(self.special)
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of one group that matches each of `texts`, the longest one where several begin alike."""
+    return re.compile("(" + "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) + ")")
 
 
 class IncrementalDecoder:

@@ -16,14 +16,11 @@ from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.hf_json import HuggingFaceTokenizer
 from fastgen.tokenizer.score_bpe import Kind, ScoreBpeTokenizer
 from fastgen.tokenizer.settings import Settings
+from fastgen.tokenizer.tiktoken_ranks import SPLIT as LLAMA3
 
 T = TypeVar("T")
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 QWEN2 = LLAMA3.replace("{1,3}", "")
 UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 TEKKEN = (

@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 
 from fastgen.errors import ModelFileError
+from fastgen.json_file import parse_json
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.settings import Settings
 
@@ -113,11 +114,7 @@ class _PieceDecoder:
 
 def parse_hf_json(data: bytes, path: Path, settings: Settings) -> HuggingFaceTokenizer:
     """Return the tokenizer in `data`. Raises `ModelFileError` naming `path` if it is damaged or not supported."""
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path}: no valid JSON: {error}; fetch it again") from error
-    return HuggingFaceTokenizer(content, path, settings)
+    return HuggingFaceTokenizer(parse_json(data, path), path, settings)
 
 
 def _load(content: Any, path: Path) -> tokenizers.Tokenizer:

@@ -5,6 +5,7 @@ folder `tokenizer.json` is preferred, since it also holds tokens that were added
 settings beside the file (`settings`) apply to every format.
 """
 
+import codecs
 import os
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def open_tokenizer(path: Path, *, vocab_size: int | None = None) -> Tokenizer:
     data = read_whole(file, MAX_BYTES)
     settings = read_settings(file.parent)
     tokenizer: Tokenizer  # of one of the four formats below
-    if data.lstrip()[:1] == b"{":
+    if data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{":
         tokenizer = parse_hf_json(data, file, settings)
     elif looks_like_ranks(data):
         tokenizer = TiktokenTokenizer(data, file, settings)

@@ -14,7 +14,7 @@ from functools import cached_property
 from heapq import heapify, heappop, heappush
 
 from fastgen.errors import ModelFileError
-from fastgen.tokenizer.base import SegmentedTokenizer
+from fastgen.tokenizer.base import SegmentedTokenizer, any_of
 from fastgen.tokenizer.settings import Settings
 
 
@@ -99,8 +99,7 @@ class ScoreBpeTokenizer(SegmentedTokenizer):
 
     @cached_property
     def _user_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self._user_defined, key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        return any_of(self._user_defined)
 
 
 def merge(text: str, scores: Mapping[str, float]) -> list[str]:

@@ -5,13 +5,13 @@ optional. The field names are those that transformers writes (`tokenization_util
 its own, a string, or a list of named ones, of which `default` is the one for plain chat.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile
+from fastgen.json_file import parse_json
 
 MAX_BYTES = 64 << 20  # the largest side files list a whole vocabulary of added tokens, in a few MB
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -54,16 +54,7 @@ def read_whole(path: Path, limit: int) -> bytes:
 
 
 def _read_object(path: Path) -> dict[str, object]:
-    if not path.exists():
-        return {}
-    data = read_whole(path, MAX_BYTES)
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelFileError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
-    return content
+    return parse_json(read_whole(path, MAX_BYTES), path) if path.exists() else {}
 
 
 def _named_tokens(config: Mapping[str, object]) -> dict[str, str]:
@@ -87,7 +78,7 @@ def _eos_ids(path: Path) -> tuple[int, ...]:
 def _chat_template(path: Path, config: Mapping[str, object]) -> str | None:
     if path.exists():
         try:
-            return read_whole(path, MAX_BYTES).decode()
+            return read_whole(path, MAX_BYTES).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ModelFileError(f"{path}: not UTF-8 at byte {error.start}") from error
     template = config.get("chat_template")

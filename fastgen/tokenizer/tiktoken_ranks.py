@@ -19,7 +19,7 @@ from fastgen.tokenizer.settings import Settings
 
 RANKS = 128_000
 SPECIAL = 256
-PATTERN = (
+SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -51,7 +51,7 @@ class TiktokenTokenizer(SegmentedTokenizer):
         ranks = _parse(data, path)
         self._tokens = list(ranks)
         self._encoding = tiktoken.Encoding(
-            path.name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=RANKS
+            path.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=RANKS
         )
         reserved = [f"<|reserved_special_token_{n}|>" for n in range(2, 2 + SPECIAL - len(NAMED))]
         special = {text: RANKS + n for n, text in enumerate([*NAMED, *reserved])}

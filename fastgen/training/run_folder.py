@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from fastgen.checkpoint.hf_save import save_hf, save_tensors, write_json
-from fastgen.checkpoint.json_file import read_json
 from fastgen.checkpoint.safetensors_file import read_safetensors
 from fastgen.errors import ModelFileError, UsageError
+from fastgen.json_file import read_json
 from fastgen.staged import staged_folder
 from fastgen.training.curve import can_draw, draw_curve
 from fastgen.training.trainer import Trainer, Validation

@@ -1,4 +1,7 @@
-"""JSON that nobody vouches for: size, nesting and duplicate keys are checked, every failure is a typed error."""
+"""JSON that nobody vouches for: size, nesting and duplicate keys are checked, every failure is a typed error.
+
+A byte order mark in front, which Windows editors leave, is passed over.
+"""
 
 import json
 from pathlib import Path
@@ -18,7 +21,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def parse_json(raw: bytes, source: Path) -> dict[str, object]:
-    """Return the object that `raw` holds; `source` is named in errors. A key that occurs twice is an error."""
+    """Return the object that UTF-8 `raw` holds; `source` is named in errors. A key that occurs twice is an error."""
 
     def without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
         entries = dict(pairs)
@@ -27,9 +30,9 @@ def parse_json(raw: bytes, source: Path) -> dict[str, object]:
         return entries
 
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=without_duplicates)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{source}: damaged JSON: {error}") from error
+        raise ModelFileError(f"{source}: damaged JSON: {error}; fetch it again") from error
     if not isinstance(value, dict):
         raise ModelFileError(f"{source}: a JSON object is expected, not a {type(value).__name__}")
     return value
