@@ -32,9 +32,9 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from fastgen.checkpoint.json_file import read_json
 from fastgen.errors import CapacityError, ModelFileError, NetworkError, UsageError
 from fastgen.hub_id import ID
+from fastgen.json_file import read_json
 from fastgen.tokenizer.open import NAMES
 from fastgen.tokenizer.save import FILES
 
