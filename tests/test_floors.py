@@ -56,6 +56,8 @@ def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             names = [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
+            ours = str(node.module).partition(".")[0] in PACKAGES
+            assert not ours or node.module in known, f"{path} imports {node.module}, which there is not"
         for name in names:
             parts = name.split(".")
             found |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)} & set(known)
