@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 namespace {
@@ -35,6 +36,19 @@ struct Activations {
   std::vector<Floats> sums;     // [tokens][steps], of x as rounded, a lane for every two of the 16
 };
 
+// Without their signs, floats are in the order of their bits, infinity and behind it NaN at the end.
+inline float largest_of(const float* x, int64_t count) {
+  int32_t largest = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    int32_t bits;
+    std::memcpy(&bits, x + k, sizeof bits);
+    largest = std::max(largest, bits & std::numeric_limits<int32_t>::max());
+  }
+  float value;
+  std::memcpy(&value, &largest, sizeof value);
+  return value;
+}
+
 template <int BITS>
 Activations rounded(const float* x, int64_t tokens, int64_t columns, int64_t step_size) {
   const int64_t count = tokens * columns / step_size;
@@ -42,9 +56,13 @@ Activations rounded(const float* x, int64_t tokens, int64_t columns, int64_t ste
   for (int64_t step = 0; step < count; ++step) {
     const float* from = x + step * step_size;
     int16_t* to = out.values.data() + step * step_size;
-    float largest = 0;
-    for (int64_t k = 0; k < step_size; ++k) largest = std::max(largest, std::fabs(from[k]));
-    const float scale = largest / LARGEST, inverse = largest > 0 ? LARGEST / largest : 0;
+    const float largest = largest_of(from, step_size), scale = largest / LARGEST, inverse = LARGEST / largest;
+    out.scales[step] = scale;
+    if (!(inverse > 0 && inverse <= std::numeric_limits<float>::max())) {
+      // Zeros, or as good as (below 1e-34): zeros they stay. Not finite: zeros times a scale that makes every sum NaN.
+      out.sums[step] = Floats{} * scale;
+      continue;
+    }
     int32_t sums[LANES] = {};
     for (int64_t unit = 0; unit < step_size; unit += SHORT_LANES * PARTS<BITS>) {
       for (int i = 0; i < PARTS<BITS>; ++i) {
@@ -55,7 +73,6 @@ Activations rounded(const float* x, int64_t tokens, int64_t columns, int64_t ste
         }
       }
     }
-    out.scales[step] = scale;
     for (int lane = 0; lane < LANES; ++lane) out.sums[step][lane] = sums[lane] * scale;
   }
   return out;
