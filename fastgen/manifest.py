@@ -28,6 +28,29 @@ def verify_manifest(folder: Path) -> list[str]:
 
     Raises `ModelFileError` where there is no manifest.
     """
+    files = _files(folder)
+    if files is None:
+        return [f"{NAME}: damaged"]
+    strangers = (path.name for path in sorted(folder.iterdir()) if path.name != NAME and path.name not in files)
+    return [*find_damage(folder), *(f"{name}: not in the manifest" for name in strangers)]
+
+
+def find_damage(folder: Path) -> list[str]:
+    """Return which of the files that were written are no longer what they were; errors as in `verify_manifest`."""
+    files = _files(folder)
+    if files is None:
+        return [f"{NAME}: damaged"]
+    problems = []
+    for name, entry in files.items():
+        if not (folder / name).is_file():
+            problems.append(f"{name}: missing")
+        elif _entry(folder / name) != entry:
+            problems.append(f"{name}: its content is not what was written")
+    return problems
+
+
+def _files(folder: Path) -> Mapping[str, object] | None:
+    """Return the files of the manifest in `folder`, None if it is damaged."""
     path = folder / NAME
     try:
         data = path.read_bytes()
@@ -35,16 +58,7 @@ def verify_manifest(folder: Path) -> list[str]:
         raise ModelFileError(
             f"{path}: cannot be read: {error.strerror}; only folders that we wrote have one"
         ) from error
-    files = _read(data)
-    if files is None:
-        return [f"{NAME}: damaged"]
-    problems = [f"{name}: missing" for name in files if not (folder / name).is_file()]
-    for found in sorted(folder.iterdir()):
-        if found.name != NAME and found.name not in files:
-            problems.append(f"{found.name}: not in the manifest")
-        elif found.name != NAME and found.is_file() and _entry(found) != files[found.name]:
-            problems.append(f"{found.name}: its content is not what was written")
-    return problems
+    return _read(data)
 
 
 def _read(data: bytes) -> Mapping[str, object] | None:

@@ -5,32 +5,29 @@ it, for a draft. The folder that it writes is one that generate and transformers
 takes its share of each batch.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from fastgen import cli
 from fastgen.errors import FastgenError, UsageError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
-    from fastgen.model import Transformer
+    from fastgen.config import ModelConfig
     from fastgen.tokenizer.base import Tokenizer
+    from fastgen.training.meter import Meter
     from fastgen.training.ranks import Ranks
     from fastgen.training.run import Run
+    from fastgen.training.sources import GivenModel
     from fastgen.training.trainer import TrainingOptions
 
 PROG = "fastgen.train"
 STRETCH = 10  # steps between two looks at the losses
-
-SOURCES = ("shape", "config", "init_from", "distill_from", "dtype")
-"""Flags that a run's losses depend on beside its tokens and its options; a resumed run must be given the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,36 +55,34 @@ class TrainConfig(
     weight_decay: float = cli.flag(0.1, "of matrices (default 0.1)", type=float, metavar="W")
     clip: float = cli.flag(1.0, "largest norm of the gradient (default 1)", type=float, metavar="N")
     validation: float = cli.flag(
-        0.05, "share of the tokens, from their end, to measure on (default 0.05)", type=float, metavar="SHARE"
-    )
+        0.05, "share of the tokens, from their end, to measure on, but at most 1,048,576 (default 0.05)",
+        type=float, metavar="SHARE",
+    )  # fmt: skip
     validate_every: int = cli.flag(200, "steps between validations (default 200)", type=int, metavar="N")
     save_every: int = cli.flag(500, "steps between saves (default 500)", type=int, metavar="N")
     sample_every: int = cli.flag(0, "steps between sample texts on stderr (default: only at the end)", type=int,
                                  metavar="N")  # fmt: skip
 
 
-class Meter(Protocol):
-    """Shows where a run stands, and passes on lines about it."""
-
-    def update(self, step: int, figures: str) -> None:
-        """Show that `step` steps are done."""
-
-    def note(self, text: str) -> None:
-        """Show a line that stays."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     config = cli.parse(TrainConfig, argv, prog=PROG, description="Train a small LLaMA from a text.")
-    _check(config)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone:
+        _check(config)  # at once, before torch is imported
+    from fastgen.training.lock import sole_run
+    from fastgen.training.meter import shown_meter
     from fastgen.training.ranks import joined_ranks
 
     with joined_ranks(config.device) as (ranks, device):
-        run = _prepare(config, ranks, device)
-        with _meter(config, leads=ranks.leads) as meter:
-            meter.note(run.describe())
-            with cli.interruptible():
-                _train(config, run, meter)
+        if not alone:
+            _check(config)  # here, where one process speaks for all
+        with sole_run(Path(str(config.out))) if ranks.leads else contextlib.nullcontext():
+            run = _prepare(config, ranks, device)
+            with shown_meter(config.steps, leads=ranks.leads) as meter:
+                meter.note(run.describe())
+                with cli.interruptible():
+                    _train(config, run, meter)
         if config.json and ranks.leads:
             sys.stdout.write(json.dumps(_document(config, run)) + "\n")
     return 0
@@ -107,6 +102,8 @@ def _check(config: TrainConfig) -> None:
         raise UsageError("--train-tokenizer: a model that is given has a tokenizer, which must stay; leave it out")
     if len(config.shape) + sum(value is not None for value in (config.config, config.init_from)) > 1:
         raise UsageError("--shape, --config and --init-from each say what the model is; give one")
+    if config.distill_from is None:
+        cli.refuse(config, ("distill_temperature",), "only with --distill-from, whose predictions it softens")
     if not 0 < config.validation < 1:
         raise UsageError(f"--validation {config.validation}: expected a share between 0 and 1")
     for name in ("validate_every", "save_every", "sample_every"):
@@ -115,15 +112,17 @@ def _check(config: TrainConfig) -> None:
 
 
 def _prepare(config: TrainConfig, ranks: "Ranks", device: str | None) -> "Run":
+    """Return the run that the flags describe, every part of it checked, ready to begin or to go on."""
     from fastgen.device import choose_placement
-    from fastgen.training import sources
+    from fastgen.training import identity, run_folder, shape, sources, tokens
+    from fastgen.training.cost import require_training_memory
     from fastgen.training.run import Run
-    from fastgen.training.run_folder import RunFolder, check_new
     from fastgen.training.trainer import Trainer
 
-    out = Path(str(config.out))
-    if not config.resume:
-        check_new(out)
+    out, keep = Path(str(config.out)), Path(config.save_tokens) if config.save_tokens else None
+    (run_folder.check_unfinished if config.resume else run_folder.check_new)(out)
+    if keep is not None:
+        tokens.check_target(keep, out)
     options = _options(config)
     placement = choose_placement(device, config.dtype)
     teacher = sources.load_teacher(config.distill_from, placement) if config.distill_from else None
@@ -132,25 +131,27 @@ def _prepare(config: TrainConfig, ranks: "Ranks", device: str | None) -> "Run":
     vocabulary = sources.open_vocabulary(
         documents, train=config.train_tokenizer, path=config.tokenizer, models=[m for m in (start, teacher) if m]
     )
-    # A model that follows another has the rows of its embedding, which may be more than the tokenizer's ids.
-    size = teacher.config.vocab_size if teacher else vocabulary.tokenizer.vocab_size if vocabulary.tokenizer else None
-    model = start.transformer if start else _new_model(config, vocabulary.tokenizer, size).to(placement.device)
-    sources.check_fit(model.config, vocabulary.tokenizer, config.context, teacher.transformer if teacher else None)
+    model_config = start.config if start else _describe(config, vocabulary.tokenizer, teacher)
+    sources.check_fit(model_config, vocabulary.tokenizer, config.context, teacher)
+    rows = -(-config.batch_size // (config.accumulate * ranks.world))
+    require_training_memory(model_config, rows, config.context, placement.device, loaded=start is not None)
     data = sources.load_tokens(
-        documents, config.tokens, vocabulary.tokenizer, vocab_size=model.config.vocab_size,
-        share=config.validation, context=config.context, keep=config.save_tokens if ranks.leads else None,
+        documents, config.tokens, vocabulary.tokenizer, vocab_size=model_config.vocab_size,
+        share=config.validation, context=config.context,
     )  # fmt: skip
-    trainer = Trainer(
-        model, data, options, placement, teacher=teacher.transformer if teacher else None, ranks=ranks,
-        compile=config.compile,
+    model = start.transformer if start else shape.new_model(model_config, config.seed).to(placement.device)
+    followed = teacher.transformer if teacher else None
+    trainer = Trainer(model, data, options, placement, teacher=followed, ranks=ranks, compile=config.compile)
+    settings = identity.settings_of(
+        model_config, options, data, placement, start=model if start else None, teacher=followed,
+        tokenizer=vocabulary.files, compile=config.compile, processes=ranks.world,
     )  # fmt: skip
-    settings = dataclasses.asdict(options) | {name: getattr(config, name) for name in SOURCES}
-    settings["data"] = data.fingerprint()
-    run = Run(
-        trainer, RunFolder(out, settings, vocabulary.files, placement.dtype), data, placement, vocabulary.tokenizer
-    )
+    folder = run_folder.RunFolder(out, settings, vocabulary.files, placement.dtype)
+    run = Run(trainer, folder, data, placement, vocabulary.tokenizer)
     if config.resume:
         run.resume()
+    if keep is not None and ranks.leads:
+        tokens.write_token_file(keep, data.whole())
     return run
 
 
@@ -161,17 +162,18 @@ def _options(config: TrainConfig) -> "TrainingOptions":
     return TrainingOptions(**{name: getattr(config, name) for name in names})
 
 
-def _new_model(config: TrainConfig, tokenizer: "Tokenizer | None", vocab_size: int | None) -> "Transformer":
+def _describe(config: TrainConfig, tokenizer: "Tokenizer | None", teacher: "GivenModel | None") -> "ModelConfig":
+    """Return what a new model is to be."""
     from fastgen.training import shape, sources
 
     if config.config is not None:
         described = sources.read_model_config(config.config)
     else:
+        # A model that follows another has the rows of its embedding, which may be more than the tokenizer's ids.
+        size = teacher.config.vocab_size if teacher else tokenizer.vocab_size if tokenizer else None
         words = config.shape[0] if config.shape else shape.DEFAULT_SHAPE
-        described = shape.parse_shape(words, vocab_size=vocab_size, context=config.context)
-    if tokenizer is not None:
-        described = shape.with_marks(described, tokenizer.bos_id, tokenizer.stop_ids)
-    return shape.new_model(described, config.seed)
+        described = shape.parse_shape(words, vocab_size=size, context=config.context)
+    return described if tokenizer is None else shape.with_marks(described, tokenizer.bos_id, tokenizer.stop_ids)
 
 
 def _document(config: TrainConfig, run: "Run") -> dict[str, object]:
@@ -191,20 +193,21 @@ def _document(config: TrainConfig, run: "Run") -> dict[str, object]:
     }
 
 
-def _train(config: TrainConfig, run: "Run", meter: Meter) -> None:
+def _train(config: TrainConfig, run: "Run", meter: "Meter") -> None:
     """Run the loop to its end; what a failure leaves is in its message."""
     trainer = run.trainer
     try:
-        while trainer.step < config.steps:
-            run.advance(_next_stop(config, trainer.step))
-            meter.update(trainer.step, run.figures())
-            if trainer.step == config.steps or trainer.step % config.validate_every == 0:
-                meter.note(run.validate())
-            if config.sample_every and trainer.step % config.sample_every == 0:
-                meter.note(f"step {trainer.step} writes: {run.sample()}")
-            if trainer.step < config.steps and trainer.step % config.save_every == 0:
-                run.save(finished=False)
-        run.save(finished=True)
+        with trainer.ranks.watched():
+            while trainer.step < config.steps:
+                run.advance(_next_stop(config, trainer.step))
+                meter.update(trainer.step, run.figures())
+                if trainer.step == config.steps or trainer.step % config.validate_every == 0:
+                    meter.note(run.validate())
+                if config.sample_every and trainer.step % config.sample_every == 0:
+                    meter.note(f"step {trainer.step} writes: {run.sample()}")
+                if trainer.step < config.steps and trainer.step % config.save_every == 0:
+                    run.save(finished=False)
+            run.save(finished=True)
         meter.note(f"saved in {config.out}; it writes: {run.sample()}")
     except KeyboardInterrupt:
         meter.note(f"interrupted at step {trainer.step}. {run.what_is_saved()}")
@@ -217,63 +220,6 @@ def _next_stop(config: TrainConfig, step: int) -> int:
     """Return the next step at which there is something to show or to do."""
     periods = (STRETCH, config.validate_every, config.save_every, config.sample_every or config.steps)
     return min(config.steps, *((step // period + 1) * period for period in periods))
-
-
-@contextmanager
-def _meter(config: TrainConfig, *, leads: bool) -> Iterator[Meter]:
-    if not leads:
-        yield _Silent()
-    elif not sys.stderr.isatty():
-        yield _Lines(config.steps)
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TimeRemainingColumn(),
-                   TextColumn("{task.description}"))  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            yield _Bar(bar, bar.add_task("", total=config.steps))
-
-
-class _Silent:
-    """The meter of a process that does not lead."""
-
-    def update(self, step: int, figures: str) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
-class _Lines(_Silent):
-    """Plain lines, at most one in some seconds."""
-
-    SECONDS = 5.0
-
-    def __init__(self, steps: int) -> None:
-        self._steps, self._shown = steps, time.perf_counter()
-
-    def update(self, step: int, figures: str) -> None:
-        if time.perf_counter() - self._shown > self.SECONDS or step == self._steps:
-            self._shown = time.perf_counter()
-            self.note(f"step {step}/{self._steps}  {figures}")
-
-    def note(self, text: str) -> None:
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
-
-
-class _Bar(_Silent):
-    """A progress bar of rich, with lines above it."""
-
-    def __init__(self, bar: "Progress", task: "TaskID") -> None:
-        self._bar, self._task = bar, task
-
-    def update(self, step: int, figures: str) -> None:
-        self._bar.update(self._task, completed=step, description=figures)
-
-    def note(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

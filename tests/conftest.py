@@ -16,6 +16,13 @@ def shared_data() -> Path:
     return DATA
 
 
+@pytest.fixture
+def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without pictures and a measurement of the arithmetic rate, which take most of the time of a small run."""
+    monkeypatch.setattr("fastgen.training.run_folder.can_draw", lambda: False)
+    monkeypatch.setattr("fastgen.training.run.measure_flop_rate", lambda device, dtype: 1e12)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are collected everywhere and run where there is one."""
     import torch

@@ -18,7 +18,6 @@ from fastgen.device import Placement
 from fastgen.errors import UsageError
 from fastgen.kernels.causal import CausalStages
 from fastgen.model import Transformer
-from fastgen.training.cost import forward_flops
 from fastgen.training.objective import Distillation, NextToken, logits_of
 from fastgen.training.shape import new_model, parse_shape
 from fastgen.training.tokens import TokenData, split
@@ -145,13 +144,6 @@ def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one() -> None:
         assert torch.equal(parameter, second.model.get_parameter(name)), name
 
 
-def test_accumulation_changes_nothing_but_rounding() -> None:
-    plain, parts = trainer(), trainer(accumulate=4)
-    plain.advance(8)
-    parts.advance(8)
-    torch.testing.assert_close(torch.tensor(plain.losses), torch.tensor(parts.losses), rtol=1e-5, atol=1e-5)
-
-
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
     plan = options(steps=100, warmup=10, learning_rate=1.0)
     rates = [plan.rate(step) for step in range(101)]
@@ -235,14 +227,6 @@ def test_a_shape_fills_in_what_it_leaves_out() -> None:
     other = parse_shape("dim=64,layers=2,heads=4,kv_heads=2,head-dim=32,tied=0,vocab-size=999", vocab_size=3, context=8)
     assert (other.n_kv_heads, other.head_dim, other.vocab_size, other.tie_embeddings) == (2, 32, 999, False)
     assert parse_shape("stories15m", vocab_size=300, context=64).vocab_size == 300
-
-
-def test_flops_count_every_product_once() -> None:
-    config = ModelConfig(**(TINY | {"tie_embeddings": True}))
-    model = Transformer(config)
-    per_layer = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48
-    attention = 2 * 2 * 32 * 100 // 2
-    assert forward_flops(model, 100) == 2 * (2 * per_layer + 258 * 32) + 2 * attention
 
 
 def command(tmp_path: Path, *flags: str, ranks: int = 1) -> dict[str, Any]:

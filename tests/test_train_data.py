@@ -15,7 +15,7 @@ from fastgen.training.tokens import (
     split,
     write_token_file,
 )
-from fastgen.training.vocabulary import tokenizer_files, train_tokenizer, write_tokenizer
+from fastgen.training.vocabulary import LONGEST, train_tokenizer, write_tokenizer
 from fastgen.training.windows import Windows, side_by_side
 
 TEXT = "The quick brown fox jumps over the lazy dog.\nA fox, a dog, and the quick 42 brown foxes."
@@ -80,6 +80,13 @@ def test_documents_are_divided_by_end_of_text_lines(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("one\n<|endoftext|>\ntwo\nlines\n<|endoftext|>\n")
     (tmp_path / "b").write_text("three")
     assert read_documents([tmp_path / "a", tmp_path / "b"]) == ["one", "two\nlines", "three"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " \t\r\n"])
+def test_documents_are_divided_however_lines_end(tmp_path: Path, end: str) -> None:
+    text = end.join(["one", "<|endoftext|>", "two", "lines <|endoftext|>", "<|endoftext|>", "three", ""])
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_documents([tmp_path / "a"]) == ["one", f"two{end}lines <|endoftext|>", "three"]
 
 
 def test_a_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
@@ -148,7 +155,8 @@ def test_vocabularies_that_cannot_be_learned_are_refused(size: int, message: str
         train_tokenizer([TEXT], size)
 
 
-def test_a_tokenizers_files_are_found_beside_it(folder: Path) -> None:
-    assert set(tokenizer_files(folder)) == {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
-    assert set(tokenizer_files(folder / "tokenizer.model")) == {"tokenizer.model", "tokenizer_config.json"}
-    assert tokenizer_files(folder / "model.gguf") == {}
+def test_a_text_that_is_one_long_line_is_learned_from_to_its_end() -> None:
+    whole = "the quick brown fox jumps over the lazy dog " * 40_000
+    assert len(whole) > 1_400_000 > 2 * LONGEST
+    files = train_tokenizer([whole + "zyzzyva " * 50_000], 300)
+    assert "▁zyzzyva" in files["tokenizer.json"].decode()

@@ -17,7 +17,7 @@ from fastgen.config import ModelConfig
 from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile, naming
 from fastgen.tokenizer.base import Tokenizer
-from fastgen.tokenizer.open import open_tokenizer
+from fastgen.tokenizer.open import MissingTokenizerError, open_tokenizer
 
 HEADER = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len
 LIMITS = (2**17, 2**20, 2**12, 2**12, 2**12, 2**24, 2**24)  # beyond these, seven integers are no header
@@ -111,7 +111,7 @@ def _open_tokenizer(path: Path) -> Tokenizer:
     for name in TOKENIZERS:
         if (path.parent / name).exists():
             return open_tokenizer(path.parent / name)
-    raise ModelFileError(
+    raise MissingTokenizerError(
         f"{path}: a llama2.c model carries no tokenizer, and there is no {' or '.join(TOKENIZERS)} beside it; "
         "pass one with --tokenizer"
     )

@@ -21,10 +21,15 @@ NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 MAX_BYTES = 256 << 20  # the largest published ones are near 35 MB
 
 
+class MissingTokenizerError(ModelFileError):
+    """There is no tokenizer; any other `ModelFileError` says what is wrong with the one that is there."""
+
+
 def open_tokenizer(path: Path, *, vocab_size: int | None = None) -> Tokenizer:
     """Return the tokenizer in the folder or file `path`, checked against a model's `vocab_size` if given.
 
-    Raises `ModelFileError` if there is none, if it is damaged or of no known format, or does not fit the model.
+    Raises `ModelFileError` if it is damaged or of no known format, or does not fit the model, and
+    `MissingTokenizerError` if the folder has none.
     """
     file = _find(path) if path.is_dir() else path
     data = read_whole(file, MAX_BYTES)
@@ -64,4 +69,7 @@ def _find(folder: Path) -> Path:
     for name in NAMES:
         if os.path.lexists(folder / name):  # a link to nowhere is an error, not a reason to take the next
             return folder / name
-    raise ModelFileError(f"{folder}: no tokenizer in this folder, expected {', '.join(NAMES[:-1])} or {NAMES[-1]}")
+    raise MissingTokenizerError(
+        f"{folder}: no tokenizer in this folder, expected {', '.join(NAMES[:-1])} or {NAMES[-1]}; "
+        "--tokenizer names one elsewhere"
+    )

@@ -1,6 +1,11 @@
-"""The processes of a training run: one, or as many as torchrun started, each with its share of every batch."""
+"""The processes of a training run: one, or as many as torchrun started, each with its share of every batch.
+
+Where many fail, one of them says why: the first.
+"""
 
 import os
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgen.errors import UsageError
+from fastgen.errors import FastgenError, NetworkError, RankLostError, UsageError
+
+FAILURES = "fastgen/failures"  # the store's count of processes that have failed
+LINGER = 1.0  # seconds; torchrun ends all processes once it sees the first one gone
+LOST = re.compile("by peer|[Tt]imed out|NCCL communicator was aborted|remote process exited")  # gloo's and NCCL's words
 
 
 @dataclass(frozen=True)
@@ -36,32 +45,95 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Raise `RankLostError` where PyTorch reports that another process no longer answers."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not LOST.search(str(error)):
+                raise
+            raise RankLostError(f"process {self.rank}: another process of the run is gone: {error!s:.200}") from error
+
 
 @contextmanager
 def joined_ranks(device: str | None) -> Iterator[tuple[Ranks, str | None]]:
     """Yield this process's place and its device, in a process group for as long as the block lasts.
 
-    Started by torchrun, every process of a machine takes a GPU of its own. Raises `UsageError` where they are too few.
+    Started by torchrun, every process of a machine takes a GPU of its own. Of the `FastgenError`s that the block
+    raises, the first process's is raised; the others end silently, with their error's exit status.
+
+    Raises:
+        UsageError: the environment is not one that torchrun makes, or there are too few GPUs.
+        NetworkError: the processes do not find each other.
     """
-    try:
-        ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in
-                        (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))))  # fmt: skip
-    except ValueError as error:
-        raise UsageError(f"the environment's RANK, WORLD_SIZE or LOCAL_RANK is no number: {error}") from error
+    ranks = _read_place()
     if ranks.world == 1:
         yield ranks, device
         return
-    use_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    if use_gpu:
-        if ranks.local >= torch.cuda.device_count():
-            raise UsageError(
-                f"torchrun started process {ranks.local + 1} on a machine with {torch.cuda.device_count()} GPU(s)\n"
-                "Start one process a GPU, or train with --device cpu"
-            )
-        device = f"cuda:{ranks.local}"
-        torch.cuda.set_device(ranks.local)
-    dist.init_process_group("nccl" if use_gpu else "gloo")
+    store = _meet()
     try:
-        yield ranks, device
+        with _told_once(store):
+            use_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+            if use_gpu:
+                device = _own_gpu(ranks)
+            dist.init_process_group(
+                "nccl" if use_gpu else "gloo", store=dist.PrefixStore("group", store), rank=ranks.rank,
+                world_size=ranks.world,
+            )  # fmt: skip
+            yield ranks, device
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _read_place() -> Ranks:
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    try:
+        ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in names.items()))
+    except ValueError as error:
+        raise UsageError(f"the environment's RANK, WORLD_SIZE or LOCAL_RANK is no number: {error}") from error
+    if not 0 <= ranks.rank < ranks.world or ranks.local < 0:
+        raise UsageError(f"the environment says RANK {ranks.rank} of WORLD_SIZE {ranks.world}: start with torchrun")
+    return ranks
+
+
+def _meet() -> dist.Store:
+    """Return the store that all processes share."""
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://")))
+    except ValueError as error:
+        raise UsageError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {error}\nStart with torchrun") from error
+    except dist.DistError as error:
+        raise NetworkError(f"the processes of the run do not find each other: {error!s:.200}") from error
+    return store
+
+
+def _own_gpu(ranks: Ranks) -> str:
+    count = torch.cuda.device_count()
+    if ranks.local >= count:
+        raise UsageError(
+            f"torchrun started process {ranks.local + 1} on a machine with {count} GPU(s)\n"
+            "Start one process a GPU, or train with --device cpu"
+        )
+    torch.cuda.set_device(ranks.local)
+    return f"cuda:{ranks.local}"
+
+
+@contextmanager
+def _told_once(store: dist.Store) -> Iterator[None]:
+    try:
+        yield
+    except FastgenError as error:
+        if not _is_first(store):
+            time.sleep(LINGER)
+            raise SystemExit(error.exit_status) from error
+        raise
+
+
+def _is_first(store: dist.Store) -> bool:
+    """Return whether no other process has failed before this one."""
+    try:
+        return store.add(FAILURES, 1) == 1
+    except RuntimeError:  # the process that kept the store is gone
+        return False

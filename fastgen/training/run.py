@@ -4,12 +4,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from fastgen.device import Placement, describe
+from fastgen.errors import CapacityError
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.training.cost import measure_flop_rate, training_flops
-from fastgen.training.run_folder import RunFolder
+from fastgen.training.run_folder import Progress, RunFolder
 from fastgen.training.sample import sample_text
-from fastgen.training.tokens import TokenData
+from fastgen.training.tokens import MAX_VALIDATION_TOKENS, TokenData
 from fastgen.training.trainer import Trainer, Validation
 
 
@@ -23,24 +26,33 @@ class Run:
     placement: Placement
     tokenizer: Tokenizer | None
     validations: list[Validation] = field(default_factory=list)
-    seconds: float = 0.0  # of training alone
+    seconds: float = 0.0  # of training alone, those before an interruption included
+    last_sample: str = ""
     _started: int = 0  # the step that this process began with
-    _warm: tuple[int, float] = (0, 0.0)  # step and seconds after the first stretch, which compiles
+    _warm: tuple[int, float] | None = None  # step and seconds after the first stretch, which compiles
     _saved: int | None = None
+    _finished: bool = False
 
     def __post_init__(self) -> None:
         self._flop_rate = measure_flop_rate(self.placement.device, self.placement.dtype)
 
     def resume(self) -> None:
         """Go on from what the folder holds."""
-        self.validations = self.folder.resume(self.trainer)
+        progress = self.folder.resume(self.trainer)
+        self.validations, self.seconds = progress.validations, progress.seconds
         self._saved = self._started = self.trainer.step
 
     def advance(self, until: int) -> None:
-        """Train up to `until` steps in all."""
+        """Train up to `until` steps in all; raises `CapacityError` if there is not the memory for it."""
         start = time.perf_counter()
         first = self.trainer.step == self._started
-        self.trainer.advance(until)
+        try:
+            self.trainer.advance(until)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"out of memory on {self.placement.device} after step {self.trainer.step}: {error!s:.100}\n"
+                "Use a higher --accumulate, or a smaller --context or model"
+            ) from error
         self.seconds += time.perf_counter() - start
         if first:
             self._warm = (self.trainer.step, self.seconds)
@@ -55,20 +67,26 @@ class Run:
         return line
 
     def save(self, *, finished: bool) -> None:
-        """Put the run's present state into its folder."""
+        """Put the run's present state into its folder; raises `UsageError` for one that has diverged."""
+        self.trainer.check()
         if self.trainer.ranks.leads:
-            self.folder.save(self.trainer, self.validations, finished=finished)
-        self._saved = self.trainer.step
+            self.folder.save(self.trainer, Progress(self.validations, self.seconds), finished=finished)
+        self._saved, self._finished = self.trainer.step, finished
         self.trainer.ranks.wait()
 
     def sample(self) -> str:
-        """Return what the model writes now, "" where it has no tokenizer."""
-        if self.tokenizer is None or not self.trainer.ranks.leads:
+        """Return what the model writes now, or why it writes nothing."""
+        if not self.trainer.ranks.leads:
             return ""
-        return sample_text(self.trainer.model, self.tokenizer, self.trainer.options.seed)
+        if self.tokenizer is None:
+            return "no text, since it has no tokenizer; later commands take one with --tokenizer"
+        self.last_sample = sample_text(self.trainer.model, self.tokenizer, self.trainer.options.seed)
+        return self.last_sample
 
     def tokens_per_second(self) -> float | None:
         """Return the speed of training, over all processes, without the first stretch; None before there is one."""
+        if self._warm is None:
+            return None
         steps, seconds = self.trainer.step - self._warm[0], self.seconds - self._warm[1]
         options = self.trainer.options
         return steps * options.batch_size * options.context / seconds if steps and seconds > 0 else None
@@ -92,9 +110,10 @@ class Run:
     def describe(self) -> str:
         """Return what is trained, on what, where."""
         options, world = self.trainer.options, self.trainer.ranks.world
+        most = ", the most" if self.data.validation.size == MAX_VALIDATION_TOKENS else ""
         return (
             f"{self.parameters() / 1e6:.2f}M parameters, {self.data.training.size:,} tokens "
-            f"(and {self.data.validation.size:,} to measure on), {options.steps} steps of {options.batch_size} x "
+            f"(and {self.data.validation.size:,} to measure on{most}), {options.steps} steps of {options.batch_size} x "
             f"{options.context}; {str(self.placement.dtype).removeprefix('torch.')} ({self.placement.reason}), "
             f"{world} x {describe(self.placement.device)}, {self._flop_rate / 1e12:.2f} TFLOP/s measured"
         )
@@ -112,7 +131,7 @@ class Run:
             "tokens_per_second": self.tokens_per_second(),
             "mfu": self.mfu(),
             "measured_flops_per_second": self._flop_rate,
-            "sample": self.sample(),
+            "sample": self.last_sample,
         }
 
     def parameters(self) -> int:
@@ -123,4 +142,6 @@ class Run:
         """Return which state a run that fails now leaves, as a sentence."""
         if self._saved is None:
             return f"Nothing was saved yet in {self.folder.path}"
+        if self._finished:
+            return f"The finished model is in {self.folder.path}"
         return f"The run as of step {self._saved} is in {self.folder.path}; --resume goes on from there"

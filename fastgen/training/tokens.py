@@ -27,7 +27,7 @@ Tokens = npt.NDArray[np.integer]
 """One dimension; uint16 where the vocabulary allows, else int32."""
 
 SEPARATOR = "<|endoftext|>"
-SEPARATOR_LINE = re.compile(rf"^{re.escape(SEPARATOR)}$", re.MULTILINE)
+SEPARATOR_LINE = re.compile(rf"^{re.escape(SEPARATOR)}[ \t\r]*$", re.MULTILINE)
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 LLAMA3_MAGIC = 20240801  # the same header before uint32 tokens
 MAX_VALIDATION_TOKENS = 1 << 20
@@ -40,9 +40,14 @@ class TokenData:
     training: Tokens
     validation: Tokens
 
+    def whole(self) -> Tokens:
+        """Return all tokens in their order."""
+        return np.concatenate((self.training, self.validation))
+
     def fingerprint(self) -> str:
-        """Return what tells these tokens from others."""
-        return f"{self.training.size} tokens, crc32 {zlib.crc32(self.training.tobytes()):08x}"
+        """Return what tells these tokens, and their division, from others."""
+        parts = (self.training, self.validation)
+        return " and ".join(f"{part.size} (crc32 {zlib.crc32(part.data):08x})" for part in parts)
 
 
 def read_documents(paths: Sequence[Path]) -> list[str]:
@@ -51,7 +56,7 @@ def read_documents(paths: Sequence[Path]) -> list[str]:
     for path in paths:
         file = RandomAccessFile(path)
         try:
-            text = file.read(0, file.size).decode()
+            text = file.read(0, file.size).decode("utf-8-sig")  # without the mark that Windows puts in front
         except UnicodeDecodeError as error:
             raise ModelFileError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from error
         documents += [document.strip() for document in SEPARATOR_LINE.split(text)]
@@ -93,6 +98,19 @@ def write_token_file(path: Path, tokens: Tokens) -> None:
         file.write(header.tobytes())
         file.write(tokens.astype("<u2").tobytes())
         file.flush()
+
+
+def check_target(path: Path, folder: Path) -> None:
+    """Raise `UsageError` if tokens cannot go to `path`: it is the run's `folder`, or something else that is there.
+
+    Only a token file is replaced by another.
+    """
+    if path.resolve() == folder.resolve():
+        raise UsageError(f"--save-tokens {path}: is the folder --out; name a file")
+    if path.exists():
+        file = RandomAccessFile(path)
+        if bytes(file.read(0, min(file.size, 4))) != MAGIC.to_bytes(4, "little"):
+            raise UsageError(f"--save-tokens {path}: exists and is no token file; name another file")
 
 
 def check_tokens(tokens: Tokens, vocab_size: int, source: str) -> None:

@@ -66,11 +66,12 @@ class TrainingOptions:
                 f"a divisor of --batch-size {self.batch_size}",
             ),
             ("context", self.context >= 2, "at least 2"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
+            # The bounds keep a step's products from overflow, which PyTorch refuses in numbers of Python.
+            ("learning_rate", 0 < self.learning_rate <= 1e30, "a number above 0, up to 1e30"),
             ("warmup", self.warmup >= 0, "a number of steps"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or a finite number above"),
+            ("weight_decay", 0 <= self.weight_decay <= 1e6, "a number from 0 to 1e6"),
             ("clip", self.clip > 0, "a number above 0 (inf clips nothing)"),
-            ("distill_temperature", 0 < self.distill_temperature < math.inf, "a finite number above 0"),
+            ("distill_temperature", 1e-6 <= self.distill_temperature <= 1e6, "1e-6 to 1e6"),
             ("seed", -(2**63) <= self.seed < 2**63, "a signed 64-bit integer"),
         )
         for name, fine, expected in checks:
@@ -121,6 +122,7 @@ class Trainer:
             raise UsageError("--dtype fp16: gradients would vanish in it; train in bf16 or fp32")
         self.step = 0
         self.losses: list[float] = []
+        self._share = options.batch_size // (options.accumulate * self.ranks.world)  # rows at a time
         self._device, self._dtype = placement.device, placement.dtype
         self._windows = Windows(data.training, options.context, options.seed)
         self._validation = side_by_side(data.validation, options.context)
@@ -138,28 +140,36 @@ class Trainer:
         means = self.ranks.total(torch.stack(seen)) / self.ranks.world
         for step, (loss, norm) in enumerate(means.tolist(), start=self.step):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise UsageError(
-                    f"step {step + 1}: the loss is {loss:.4g}, the gradient's norm {norm:.4g}: training has diverged\n"
-                    f"Lower --learning-rate ({self.options.learning_rate:g}), or raise --warmup "
-                    f"({self.options.warmup})"
-                )
+                raise self._diverged(f"step {step + 1}: the loss is {loss:.4g}, the gradient's norm {norm:.4g}")
             self.losses.append(loss)
         self.step = until
 
+    def check(self) -> None:
+        """Raise `UsageError` if the state or its loss is not finite; no loss has shown yet what the last update did."""
+        rows = self._validation[: self._share].to(self._device)
+        with self._precision():
+            loss = measure(self.model, self.teacher, rows).sums
+        finite = torch.stack([tensor.isfinite().all().to(self._device) for tensor in (loss, *self.state().values())])
+        if not finite.all():
+            raise self._diverged(f"step {self.step}: the weights or their loss are no longer finite")
+
     def validate(self) -> Validation:
-        """Return the model's figures on the validation tokens."""
+        """Return the model's figures on the validation tokens; raises `UsageError` if they are not finite."""
         self.model.eval()
-        share = -(-self.options.batch_size // (self.options.accumulate * self.ranks.world))
         sums = torch.zeros(3 if self.teacher else 1, dtype=torch.float64, device=self._device)
         tokens = 0
-        for start in range(0, self._validation.shape[0], share):
-            if (start // share) % self.ranks.world == self.ranks.rank:
+        for start in range(0, self._validation.shape[0], self._share):
+            if (start // self._share) % self.ranks.world == self.ranks.rank:
+                rows = self._validation[start : start + self._share].to(self._device)
                 with self._precision():
-                    part = measure(self.model, self.teacher, self._validation[start : start + share].to(self._device))
+                    part = measure(self.model, self.teacher, rows)
                 sums += part.sums
                 tokens += part.tokens
         counted = self.ranks.total(torch.cat((sums, sums.new_tensor([tokens]))))
-        return Validation(self.step, *(counted[:-1] / counted[-1]).tolist())
+        figures = (counted[:-1] / counted[-1]).tolist()
+        if not all(map(math.isfinite, figures)):
+            raise self._diverged(f"step {self.step}: the validation loss is {figures[0]:.4g}")
+        return Validation(self.step, *figures)
 
     def state(self) -> dict[str, Tensor]:
         """Return the weights and the optimizer's moments, fp32, by the parameters' names, as they are now."""
@@ -168,6 +178,15 @@ class Trainer:
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all that `state()` holds once a step is done."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, parameter in self._parameters.items():
+            own = tuple(parameter.shape)
+            shapes |= {f"model.{name}": own, f"optimizer.{name}.step": ()}
+            shapes |= {f"optimizer.{name}.exp_avg": own, f"optimizer.{name}.exp_avg_sq": own}
+        return shapes
 
     def restore(self, tensors: Mapping[str, Tensor], losses: list[float]) -> None:
         """Go on from a `state()` that was taken after as many steps as there are `losses`."""
@@ -184,12 +203,11 @@ class Trainer:
 
     def _train_step(self, step: int) -> Tensor:
         """Train one step; returns its loss on this process's rows and the gradient's norm, [2] fp32 on the device."""
-        options, world = self.options, self.ranks.world
-        share = options.batch_size // (options.accumulate * world)
+        options = self.options
         loss = torch.zeros((), device=self._device)
         for part in range(options.accumulate):
-            first = step * options.batch_size + (part * world + self.ranks.rank) * share
-            rows = self._windows.rows(first, share)
+            first = step * options.batch_size + (part * self.ranks.world + self.ranks.rank) * self._share
+            rows = self._windows.rows(first, self._share)
             if self._device.type == "cuda":
                 rows = rows.pin_memory().to(self._device, non_blocking=True)
             with self._unsynced(last=part == options.accumulate - 1):
@@ -203,6 +221,12 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return torch.stack((loss, norm))
+
+    def _diverged(self, what: str) -> UsageError:
+        return UsageError(
+            f"{what}: training has diverged\n"
+            f"Lower --learning-rate ({self.options.learning_rate:g}), or raise --warmup ({self.options.warmup})"
+        )
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         matrices = [parameter for parameter in self._parameters.values() if parameter.dim() >= 2]

@@ -1,4 +1,4 @@
-"""Tokenizers for new models: a SentencePiece BPE model trained on a text, and the files that a folder needs.
+"""Tokenizers for new models: a SentencePiece BPE model trained on a text, and its files.
 
 The model is of Llama 2's kind: BPE with byte fallback, digits alone, a space in front of a text, no normalization;
 ids 0, 1, 2 are <unk>, <s>, </s>. The same merges are written as a `tokenizer.json`, since transformers without
@@ -17,20 +17,10 @@ from tokenizers import decoders, models, normalizers
 
 from fastgen.errors import ModelFileError, UsageError
 from fastgen.tokenizer.sentencepiece_model import SPACE
-from fastgen.tokenizer.settings import read_whole
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 BYTES = 256  # pieces that byte fallback takes
-MAX_BYTES = 256 << 20
-
-VOCABULARIES = ("tokenizer.json", "tokenizer.model")
-FILES = (
-    *VOCABULARIES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-"""What makes up a tokenizer in a Hugging Face folder."""
+LONGEST = 1 << 17  # characters of a piece of text that is learned from at a time, at most 4 bytes each
 
 SETTINGS = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -56,7 +46,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> dict[str, byte
             sentence_iterator=_lines(documents), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             byte_fallback=True, split_digits=True, character_coverage=1.0, normalization_rule_name="identity",
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
-            max_sentence_length=1 << 20,
+            max_sentence_length=4 * LONGEST,
         )  # fmt: skip
     except RuntimeError as error:
         most, least = re.search(r"<= (\d+)", str(error)), re.search(r"required_chars\. \d+ vs (\d+)", str(error))
@@ -74,18 +64,6 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> dict[str, byte
     }
 
 
-def tokenizer_files(source: Path) -> dict[str, bytes]:
-    """Return the tokenizer's files in the folder of a model, or beside and including a tokenizer's file.
-
-    Empty where the tokenizer is part of a file of another kind, such as GGUF.
-    """
-    folder = source if source.is_dir() else source.parent
-    names: tuple[str, ...] = FILES if source.is_dir() else ()
-    if source.name in VOCABULARIES:
-        names = (source.name, *(name for name in FILES if name not in VOCABULARIES))
-    return {name: read_whole(folder / name, MAX_BYTES) for name in names if (folder / name).exists()}
-
-
 def write_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write a tokenizer's files into the existing `folder`."""
     for name, data in files.items():
@@ -93,9 +71,13 @@ def write_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _lines(documents: Sequence[str]) -> Iterator[str]:
-    """Yield the lines of all documents: a new line is always a token of its own, the byte's."""
+    """Yield the lines of all documents: a new line is always a token of its own, the byte's.
+
+    Long lines come in pieces, since SentencePiece skips what is longer than a limit.
+    """
     for document in documents:
-        yield from (line for line in document.splitlines() if line)
+        for line in document.splitlines():
+            yield from (line[start : start + LONGEST] for start in range(0, len(line), LONGEST))
 
 
 def _as_json(model: bytes) -> bytes:
