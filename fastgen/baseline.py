@@ -4,6 +4,7 @@ transformers is a development dependency and imported only here; nothing of ours
 """
 
 import time
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +13,19 @@ from fastgen.benchmark import Timing
 from fastgen.config import ModelConfig
 from fastgen.device import Placement, synchronize
 from fastgen.errors import UsageError
+from fastgen.load import LoadedModel
+
+
+def require_comparable(model: LoadedModel) -> None:
+    """Raise `UsageError` if transformers is not installed, or the model is no plain Llama in its own precision."""
+    if find_spec("transformers") is None:
+        raise UsageError("--baseline transformers: pip install transformers (scripts/test does)")
+    config = model.config
+    biases = config.qkv_bias or config.output_bias or config.mlp_bias
+    if config.qk_norm or biases or any(config.windows) or config.rope_scaling:
+        raise UsageError("--baseline transformers: only plain Llama shapes are compared")
+    if model.formats:
+        raise UsageError(f"--baseline transformers: measured beside plain weights only, not {model.format}")
 
 
 def time_transformers(
@@ -19,17 +33,11 @@ def time_transformers(
 ) -> Timing:
     """Time transformers' Llama with random weights: `generate` with a static, compiled cache, or eager.
 
-    Decode time is that of `new_tokens` less that of one, so prefill is not part of it.
-
-    Raises:
-        UsageError: transformers is not installed, or the shape is no plain Llama.
+    Decode time is that of `new_tokens` less that of one, so prefill is not part of it. The model must be one that
+    `require_comparable` passes.
     """
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415  (an optional oracle)
-    except ImportError as error:
-        raise UsageError("--baseline transformers: pip install transformers (scripts/test does)") from error
-    if config.qk_norm or config.qkv_bias or any(config.windows) or config.rope_scaling:
-        raise UsageError("--baseline transformers: only plain Llama shapes are compared")
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415  (an optional oracle)
+
     torch.set_default_dtype(placement.dtype)
     try:
         with torch.device(placement.device):

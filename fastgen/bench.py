@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastgen import cli
 from fastgen.errors import INTERRUPTED, UsageError
+from fastgen.staged import require_writable, staged_file
 
 if TYPE_CHECKING:
     from fastgen.benchmark import Record
@@ -71,15 +72,12 @@ def _check(config: BenchConfig) -> None:
     for name in config.shape:
         shape(name)
     if config.output:
-        try:
-            Path(config.output).touch()
-        except OSError as error:
-            raise UsageError(f"--output {config.output}: cannot be written: {error.strerror}") from error
+        require_writable(Path(config.output), "--output")
 
 
 def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Record"]:
     """Yield the records of one model, every mode in turn."""
-    from fastgen.baseline import time_transformers
+    from fastgen.baseline import require_comparable, time_transformers
     from fastgen.benchmark import Timing, record, time_engine
     from fastgen.device import choose_placement
     from fastgen.kernels.bandwidth import measure_read_bandwidth
@@ -87,6 +85,8 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
     placement = choose_placement(config.device, config.dtype)
     limit = measure_read_bandwidth(placement.device)
     model = _load(config, name, placement, phases)
+    if config.baseline:
+        require_comparable(model)
     workload = {"prompt_tokens": config.prompt_tokens, "new_tokens": config.new_tokens}
 
     def row(timing: Timing, system: str, mode: str) -> "Record":
@@ -134,7 +134,8 @@ def _document(config: BenchConfig, records: list["Record"]) -> dict[str, object]
 
 def _write(config: BenchConfig, records: list["Record"]) -> None:
     if config.output:
-        Path(config.output).write_text(json.dumps(_document(config, records), indent=1) + "\n")
+        with staged_file(Path(config.output)) as staging:
+            staging.write_text(json.dumps(_document(config, records), indent=1) + "\n")
 
 
 def _show(config: BenchConfig, records: list["Record"]) -> None:

@@ -2,8 +2,8 @@
 
 A record's fields are kept for every later benchmark: `shape` or `model`, `format`, `mode`, `world_size`, `batch`,
 `prompt_tokens`, `new_tokens`, `decode_tokens_per_second`, `ms_per_token` {median, p10, p90}, `weight_bytes`,
-`read_limit_gb_per_second`, `share_of_limit`, `device`, `versions` and its `commit`. Times are medians over all steps
-of all repeats, after a warm-up; a rate is batch / median step.
+`read_limit_gb_per_second`, `share_of_limit`, `peak_memory_bytes`, `device`, `versions` and its `commit`. Times are
+medians over all steps of all repeats, after a warm-up; a rate is batch / median step.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from fastgen.completion import GenerationOptions
 from fastgen.device import describe
 from fastgen.engine import Engine
 from fastgen.load import LoadedModel
-from fastgen.report import Spread, spread, versions
+from fastgen.report import Spread, aligned, peak_memory, reset_peak_memory, spread, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Record:
     gb_per_second: float
     read_limit_gb_per_second: float
     share_of_limit: float
+    peak_memory_bytes: int | None  # while the row was measured; None for other systems
     device: str
     versions: dict[str, str | None]
     commit: str | None
@@ -53,12 +54,14 @@ class Timing:
     first_token: float
     steps: list[float]
     recompiles: int = 0
+    peak_memory: int | None = None
 
 
 def time_engine(
     model: LoadedModel, *, compile: bool, batch: int, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> Timing:
     """Time our own engine: `repeats` texts of `new_tokens` behind a prompt of `prompt_tokens` arbitrary tokens."""
+    reset_peak_memory(model.placement.device)
     start = time.perf_counter()
     engine = Engine(model, batch=batch, max_seq_len=prompt_tokens + new_tokens, compile=compile)
     options = GenerationOptions(max_new_tokens=new_tokens, ignore_eos=True)
@@ -74,7 +77,7 @@ def time_engine(
         if repeat:  # the first warms up
             firsts.append(engine.timings.tokens[0] - engine.timings.start)
             steps += [late - early for early, late in itertools.pairwise(engine.timings.tokens)]
-    return Timing(start_up, spread(firsts).median, steps, engine.recompiles)
+    return Timing(start_up, spread(firsts).median, steps, engine.recompiles, peak_memory(engine.device))
 
 
 def record(
@@ -107,6 +110,7 @@ def record(
         gb_per_second=speed,
         read_limit_gb_per_second=read_limit,
         share_of_limit=speed / read_limit,
+        peak_memory_bytes=timing.peak_memory,
         device=describe(model.placement.device),
         versions=ran,
         commit=ran["commit"],
@@ -132,12 +136,7 @@ def table(records: list[Record]) -> str:
         )
         for row in records
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    aligned = [str.ljust] * 4 + [str.rjust] * (len(head) - 4)
-    return "\n".join(
-        "  ".join(align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True))
-        for row in (head, *rows)
-    )
+    return aligned([head, *rows], left=4)
 
 
 def to_json(records: list[Record]) -> list[dict[str, object]]:

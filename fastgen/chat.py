@@ -176,8 +176,12 @@ class Chat:
         """Write the messages to a file that is not there yet."""
         if not name:
             raise UsageError("/save FILE: name a file")
-        path = Path(name).expanduser()
-        if path.exists():
+        try:
+            path = Path(name).expanduser().resolve()
+            exists = path.exists()
+        except (OSError, RuntimeError, ValueError) as error:  # no such home, no access, no name that can be
+            raise UsageError(f"/save {name}: {error}") from error
+        if exists:
             raise UsageError(f"/save {name}: the file exists already; name another, nothing is overwritten")
         messages = self.conversation.messages
         with staged_file(path) as staging:

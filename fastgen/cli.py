@@ -190,6 +190,8 @@ UNBUILT = ("kv_cache", "draft", "speculate", "accept")
 """Flags that exist from the start and are refused until what they name is built."""
 
 
+SHOW_CURSOR = b"\x1b[?25h\n"
+
 REPEATED = ("append", "extend")
 """Actions of argparse whose flags are tuples."""
 
@@ -268,7 +270,7 @@ def run(command: Callable[[], int], *, prog: str) -> NoReturn:
     Ctrl-C ends it at once, except where the command is `interruptible`: outside of that there is nothing to save, and
     libraries swallow a KeyboardInterrupt that reaches them while they are imported.
     """
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+    signal.signal(signal.SIGINT, _leave)
     _mend_streams()
     try:
         status = command()
@@ -296,6 +298,13 @@ def run(command: Callable[[], int], *, prog: str) -> NoReturn:
             sys.stderr.write(f"{prog}: stdout cannot be written: no space left\n")
             status = CapacityError.exit_status
     sys.exit(status)
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    """End the process at once, with the cursor that a progress bar may have hidden."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), SHOW_CURSOR)
+    os._exit(INTERRUPTED)
 
 
 def _mend_streams() -> None:

@@ -139,6 +139,8 @@ def _needs(
 
 def _table(needs: dict[str, Any]) -> str:
     """Return what the model needs as lines of aligned text."""
+    from fastgen.report import aligned
+
     context = needs["context"]
     head = ["format", "bits", "weights", "KV/token", f"KV at {context}", "together", "fits here", "tok/s"]
     rows = [head + [f"TP {size}" for size in list(needs["formats"][0]["read_bytes"])[1:]]]
@@ -154,13 +156,11 @@ def _table(needs: dict[str, Any]) -> str:
                 *("-" if speed is None else f"{speed:.1f}" for speed in row["tokens_per_second"].values()),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     title = (
         f"{needs['path']} ({needs['format']}): {needs['parameters'] / 1e6:.1f}M parameters; "
         f"{_size(needs['available_bytes'])} available"
     )
-    return "\n".join([title, *lines])
+    return f"{title}\n{aligned(rows)}"
 
 
 def _size(count: int) -> str:

@@ -11,7 +11,7 @@ import resource
 import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,9 @@ import torch
 from fastgen.completion import Completion
 from fastgen.device import describe
 from fastgen.engine import Engine
-from fastgen.errors import UsageError
 from fastgen.kernels.bandwidth import measure_read_bandwidth
 from fastgen.load import LoadedModel
+from fastgen.staged import require_writable, staged_file
 
 SCHEMA_VERSION = 1
 """Of every JSON document; raised when a field changes its meaning or goes."""
@@ -111,12 +111,30 @@ def spread(values: list[float]) -> Spread:
     )
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, where the system can (on a CPU, only Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5)
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes that were allocated on a GPU, or that this process held on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
+    """Return rows of cells as lines of aligned text, the first `left` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    justify = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return "\n".join(
+        "  ".join(align(cell, width) for align, cell, width in zip(justify, row, widths, strict=True)) for row in rows
+    )
 
 
 def summary(model: LoadedModel, metrics: Metrics) -> str:
@@ -153,13 +171,11 @@ def summary(model: LoadedModel, metrics: Metrics) -> str:
 @contextmanager
 def profile(path: Path) -> Iterator[None]:
     """Write what runs inside to `path`, a trace that ui.perfetto.dev shows: operators, and kernels on a GPU."""
-    try:
-        path.touch()  # the profiler itself would only grumble, after the work is done
-    except OSError as error:
-        raise UsageError(f"--profile {path}: cannot be written: {error.strerror}") from error
+    require_writable(path, "--profile")
     with torch.profiler.profile() as profiler:
         yield
-    profiler.export_chrome_trace(str(path))
+    with staged_file(path) as staging:
+        profiler.export_chrome_trace(str(staging))
 
 
 def versions() -> dict[str, str | None]:

@@ -23,6 +23,20 @@ RENAME_EXCHANGE = 2  # of renameat2(2)
 AT_FDCWD = -100  # paths count from the working directory
 
 
+def require_writable(path: Path, flag: str) -> None:
+    """Raise `UsageError`, naming `flag`, if no file can be written at `path`; nothing is made."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        problem = f"there is no folder {folder}"
+    elif path.exists() and not path.is_file():
+        problem = "is no regular file"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        problem = "permission denied"
+    else:
+        return
+    raise UsageError(f"{flag} {path}: cannot be written: {problem}")
+
+
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """Yield a new, empty folder, which becomes `target` when the block ends without an error.

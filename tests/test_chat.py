@@ -160,6 +160,13 @@ def test_save_writes_the_messages_and_never_overwrites(run: Callable, tmp_path: 
     assert "2 messages saved" in err and "exists already" in err and "name a file" in err
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "a\0b", "x" * 5000, "/dev/null/x"])
+def test_a_file_that_cannot_be_saved_does_not_end_the_chat(run: Callable, name: str) -> None:
+    status, out, err = run("the café", f"/save {name}", "upon")
+    assert (status, len(out.splitlines())) == (0, 2)
+    assert "messages saved" not in err
+
+
 def test_unknown_commands_answer_with_the_list_and_exit_ends(run: Callable) -> None:
     status, out, err = run("/nonsense", "/exit", "the time")
     assert (status, out) == (0, "")

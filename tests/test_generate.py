@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -169,7 +170,8 @@ def test_usage_errors_are_one_line_and_end_with_2(
         (["--model", "/nowhere/at/all"], ModelFileError, "/nowhere/at/all: no such file"),
         (["--tokenizer", "/nowhere"], ModelFileError, "/nowhere"),
         (["--fail-on-recompile"], UsageError, "--fail-on-recompile: only with --compile"),
-        (["--profile", "/nowhere/trace"], UsageError, "--profile /nowhere/trace"),
+        (["--profile", "/nowhere/trace"], UsageError, "--profile /nowhere/trace: .* no folder /nowhere"),
+        (["--profile", "/"], UsageError, "--profile /: .* no regular file"),
         (["--prompt-file", "/nowhere"], ModelFileError, "--prompt-file /nowhere"),
     ],
 )
@@ -234,7 +236,16 @@ def test_bench_records_a_speed_beside_its_limit(tmp_path: Path, capsys: pytest.C
     assert record["decode_tokens_per_second"] == pytest.approx(rate)
     moved = (record["weight_bytes"] + record["kv_bytes"]) * rate / 1e9
     assert record["share_of_limit"] == pytest.approx(moved / record["read_limit_gb_per_second"])
+    assert record["weight_bytes"] < record["peak_memory_bytes"] < 1 << 36
     assert "stories15m" in lines[1]
+
+
+def test_a_baseline_that_cannot_be_compared_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fastgen.benchmark.time_engine", None)
+    with pytest.raises(UsageError, match="plain weights only, not int8"):
+        bench.main(["--shape", "stories15m", "--quant", "int8", "--baseline", "transformers", "--device", "cpu"])
 
 
 @pytest.mark.parametrize(
@@ -244,6 +255,8 @@ def test_bench_records_a_speed_beside_its_limit(tmp_path: Path, capsys: pytest.C
         ["--modes", "warp"],
         ["--batch", "0"],
         ["--output", "/nowhere/records.json"],
+        ["--output", "/"],
+        ["--output", os.devnull],
         ["--baseline", "transformers", "--batch", "2"],
         ["--max-seq-len", "9"],
         ["--tokenizer", "x", "--shape", "stories15m"],

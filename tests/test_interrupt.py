@@ -1,6 +1,7 @@
 """Ctrl-C and closed pipes, on a real process."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -58,3 +59,30 @@ def test_a_reader_that_has_seen_enough_ends_the_command_silently(command: list[s
         process.wait(timeout=60)
     assert process.returncode == 0
     assert b"Traceback" not in err and b"BrokenPipe" not in err
+
+
+BAR = """
+import time
+from fastgen import cli
+def command():
+    with cli.Phases().phase("load") as advance:
+        advance(1, 2)
+        time.sleep(60)
+cli.run(command, prog="test")
+"""
+
+
+def test_ctrl_c_behind_a_progress_bar_leaves_the_terminal_with_a_cursor() -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", BAR], stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        while b"\x1b[?25l" not in shown:
+            shown += os.read(ours, 1000)
+        process.send_signal(signal.SIGINT)
+        while b"\x1b[?25h" not in shown:
+            shown += os.read(ours, 1000)  # fails once all has been read
+        assert process.wait(timeout=60) == 130
+    os.close(ours)
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
+    assert b"Traceback" not in shown
