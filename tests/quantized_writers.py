@@ -14,7 +14,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import save_file
 
-from tests.checkpoint_writers import LLAMA, Tensors, make_model, renamed
+from tests.checkpoint_writers import LLAMA, Tensors, interleaved, make_model, renamed
 
 WIDE = LLAMA | {
     "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
@@ -205,3 +205,79 @@ GPT_FAST_NAMES = {
 def gpt_fast_name(name: str) -> str:
     """Return gpt-fast's name of a tensor that is no query, key or value."""
     return renamed(name, GPT_FAST_NAMES)
+
+
+def gpt_fast_state(plain: Tensors, wanted: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model by gpt-fast's names: fused, queries and keys in the order of interleaved RoPE."""
+    head = wanted["head_dim"]
+    assert isinstance(head, int)
+    state = {}
+    for name, tensor in plain.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            if name.endswith("q_proj.weight"):
+                prefix = name.removesuffix("q_proj.weight")
+                q, k, v = (plain[f"{prefix}{part}_proj.weight"] for part in "qkv")
+                layer = prefix.removeprefix("model.").removesuffix("self_attn.")
+                state[f"{layer}attention.wqkv.weight"] = torch.cat([interleaved(q, head), interleaved(k, head), v])
+        else:
+            state[gpt_fast_name(name)] = tensor
+    return state
+
+
+def tiled(q: torch.Tensor, inner_tiles: int) -> torch.Tensor:
+    """Pack q [n, k] in 0 .. 15 into int32 tiles as `_convert_weight_to_int4pack` does, lane by lane of its kernel."""
+    n, k = q.shape
+    tiles = np.zeros((n // 8, k // (16 * inner_tiles), 32, inner_tiles // 2), np.uint32)
+    values = q.numpy().astype(np.uint32)
+    for outer in range(tiles.shape[1]):
+        for lane in range(32):
+            for inner in range(0, inner_tiles, 2):
+                base = (outer * inner_tiles + inner) * 16 + lane % 4 * 2
+                columns = [base, base + 1, base + 8, base + 9, base + 16, base + 17, base + 24, base + 25]
+                rows = values[lane // 4 :: 8]
+                word = sum(
+                    rows[:, columns[value]] << np.uint32(4 * place)
+                    for place, value in enumerate([0, 2, 4, 6, 1, 3, 5, 7])
+                )
+                tiles[:, outer, lane, inner // 2] = word
+    return torch.from_numpy(tiles.view(np.int32))
+
+
+def gpt_fast_int8(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return a state with its linears in int8, and the integers and weights that these stand for."""
+    stored, stands_for = {}, {}
+    for name, tensor in state.items():
+        if tensor.dim() < 2 or "tok_embeddings" in name:
+            stored[name] = stands_for[name] = tensor
+            continue
+        scales = (tensor.abs().amax(1) / 127.5).bfloat16()
+        stored[name] = (tensor / scales.float()[:, None]).round().clamp(-128, 127).to(torch.int8)
+        stored[name.replace(".weight", ".scales")] = scales
+        stands_for[name] = stored[name].float() * scales.float()[:, None]
+    return stored, stands_for
+
+
+def gpt_fast_int4(
+    state: Mapping[str, torch.Tensor], group: int, inner_tiles: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return a state with its linears in int4 tiles, and the weights that these stand for."""
+    stored, stands_for = {}, {}
+    for name, tensor in state.items():
+        if tensor.dim() < 2 or "tok_embeddings" in name:
+            stored[name] = stands_for[name] = tensor
+            continue
+        columns = tensor.shape[1]
+        fits = columns % group == 0 and columns % (16 * inner_tiles) == 0
+        padded = columns if fits else -(-columns // 1024) * 1024
+        grouped = torch.nn.functional.pad(tensor, (0, padded - columns)).unflatten(1, (-1, group))
+        scale = ((grouped.amax(2) - grouped.amin(2)).clamp(min=1e-6) / 15).bfloat16()
+        zero = (grouped.amin(2) + scale * 8).bfloat16()
+        low = zero.float() - 8 * scale.float()
+        q = ((grouped - low[:, :, None]) / scale.float()[:, :, None]).round().clamp(0, 15)
+        stored[name] = tiled(q.flatten(1).long(), inner_tiles)
+        stored[name.replace(".weight", ".scales_and_zeros")] = (
+            torch.stack([scale, zero], 2).transpose(0, 1).contiguous()
+        )
+        weight = (q - 8) * scale.float()[:, :, None] + zero.float()[:, :, None]
+        stands_for[name] = weight.flatten(1)[:, :columns]
+    return stored, stands_for

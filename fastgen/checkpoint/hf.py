@@ -8,9 +8,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from fastgen.checkpoint.gpt_fast import gpt_fast_linears, is_gpt_fast
 from fastgen.checkpoint.hf_config import read_hf_config
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
-from fastgen.checkpoint.names import HF, assemble, fused_formats, main_dtype, shortened
+from fastgen.checkpoint.names import HF, META, assemble, fused_formats, main_dtype, shortened
 from fastgen.checkpoint.quantized import stored_linears
 from fastgen.checkpoint.safetensors_file import read_safetensors
 from fastgen.checkpoint.torch_bin import looks_like_torch, read_torch
@@ -38,9 +39,14 @@ def open_hf(folder: Path, weights: Path | None = None) -> Checkpoint:
         raise ModelFileError(f"{description}: is missing; it says what the model in the weights beside it is")
     config = read_hf_config(description)
     weights = weights or _find_weights(folder)
-    held, stored = stored_linears(config, _read_weights(weights), description, weights)
-    formats, notes = fused_formats(config, HF, stored)
-    tensors = assemble(config, held, HF, weights, stored, formats)
+    held, scheme, notes = _read_weights(weights), HF, ()
+    if is_gpt_fast(held):
+        scheme = META
+        held, stored, notes = gpt_fast_linears(config, held, weights)
+    else:
+        held, stored = stored_linears(config, held, description, weights)
+    formats, lost = fused_formats(config, scheme, stored)
+    tensors = assemble(config, held, scheme, weights, stored, formats)
     return Checkpoint(
         path=folder,
         format="hugging face",
@@ -49,7 +55,7 @@ def open_hf(folder: Path, weights: Path | None = None) -> Checkpoint:
         tensors=tensors,
         open_tokenizer=lambda: open_tokenizer(folder),
         formats=formats,
-        notes=notes,
+        notes=(*notes, *lost),
     )
 
 
