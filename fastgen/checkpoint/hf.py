@@ -39,7 +39,8 @@ def open_hf(folder: Path, weights: Path | None = None) -> Checkpoint:
         raise ModelFileError(f"{description}: is missing; it says what the model in the weights beside it is")
     config = read_hf_config(description)
     weights = weights or _find_weights(folder)
-    held, scheme, notes = _read_weights(weights), HF, ()
+    held, scheme = _read_weights(weights), HF
+    notes: tuple[str, ...] = ()
     if is_gpt_fast(held):
         scheme = META
         held, stored, notes = gpt_fast_linears(config, held, weights)
