@@ -36,11 +36,17 @@ def flag(default: Any, text: str, *, aliases: Sequence[str] = (), negation: str 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlacementFlags:
+class PrecisionFlags:
+    """In which precision."""
+
+    dtype: str | None = flag(None, "precision (default: bf16 where it is native)", choices=("bf16", "fp16", "fp32"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacementFlags(PrecisionFlags):
     """Where to compute, in which precision."""
 
     device: str | None = flag(None, "cuda, cuda:N or cpu (default: cuda where there is one)", metavar="D")
-    dtype: str | None = flag(None, "precision (default: bf16 where it is native)", choices=("bf16", "fp16", "fp32"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,22 +7,19 @@ with the original on a text; the figures are kept in `quantize.json` beside the 
 
 import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgen import cli
-from fastgen.errors import CapacityError, ModelFileError, UsageError
+from fastgen.errors import ModelFileError, UsageError
 
 if TYPE_CHECKING:
-    from fastgen.checkpoint.lazy import Checkpoint
     from quantize.folder import Job, LinearReport
 
 PROG = "quantize.run"
 REPORT = "quantize.json"
-MARGIN = 64 << 20  # for config, tokenizer and the file system's own needs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = read_text(config.measure) if config.measure else None
 
     from fastgen.manifest import write_manifest
+    from fastgen.model_folder import require_space
     from fastgen.staged import staged_folder
     from quantize.folder import write_folder
 
     phases = cli.Phases()
     job, files = _plan(config, phases)
-    _check_space(target, job.bytes())
+    require_space(target, job.bytes())
     with staged_folder(target) as folder:
         with phases.phase("quantize", config.model) as advance:
             linears = write_folder(folder, job, advance)
@@ -112,6 +110,7 @@ def _plan(config: QuantizeConfig, phases: cli.Phases) -> tuple["Job", dict[str, 
     from fastgen.checkpoint.detect import open_checkpoint
     from fastgen.device import DTYPES, choose_placement
     from fastgen.load import make_scheme
+    from fastgen.model_folder import tokenizer_files
     from fastgen.session import find
     from quantize.folder import Job
 
@@ -126,20 +125,7 @@ def _plan(config: QuantizeConfig, phases: cli.Phases) -> tuple["Job", dict[str, 
         dtype=DTYPES[config.dtype] if config.dtype else checkpoint.dtype,
         device=choose_placement(config.device).device,
     )
-    return job, _tokenizer_files(config, checkpoint)
-
-
-def _tokenizer_files(config: QuantizeConfig, checkpoint: "Checkpoint") -> dict[str, bytes]:
-    from fastgen.load import resolve_tokenizer
-    from fastgen.tokenizer.open import check_vocabulary, open_tokenizer
-    from fastgen.tokenizer.save import tokenizer_as_files, tokenizer_beside
-
-    place = resolve_tokenizer(config.tokenizer, config.offline) if config.tokenizer else checkpoint.path
-    tokenizer = open_tokenizer(place) if config.tokenizer else checkpoint.open_tokenizer()
-    check_vocabulary(tokenizer, checkpoint.config.vocab_size, place)
-    if config.tokenizer is None and checkpoint.format == "gguf":
-        return tokenizer_as_files(tokenizer)
-    return tokenizer_beside(place if config.tokenizer or place.is_dir() else place.parent)
+    return job, tokenizer_files(config, checkpoint)[1]
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:
@@ -152,18 +138,6 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
         raise UsageError(f"--out {target}: exists already; --overwrite replaces it")
     if not (target / NAME).is_file() or not (target / REPORT).is_file():
         raise UsageError(f"--out {target}: is no folder that quantize.run wrote, and is never replaced; name another")
-
-
-def _check_space(target: Path, needed: int) -> None:
-    """Raise `CapacityError` unless the disk has room for `needed` bytes of weights beside what is replaced."""
-    folder = target.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed + min(MARGIN, needed // 8):
-        raise CapacityError(
-            f"--out {target}: needs {needed / 1e6:.1f} MB, {folder} has {free / 1e6:.1f} MB free; nothing was written"
-        )
 
 
 def _report(config: QuantizeConfig, job: "Job", linears: Sequence["LinearReport"]) -> dict[str, object]:

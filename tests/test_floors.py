@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (r"fastgen\.(completion|conversation|graphs|steps|engine|naive)",),
     (r"fastgen\.(speculative|training\.\w+)",),
     (r"fastgen\.(scoring|cli|report|costs|diagnosis|benchmark|baseline)",),
-    (r"fastgen\.session",),
+    (r"fastgen\.(session|model_folder)",),
     (r"fastgen\.(generate|chat|bench|evaluate|train|convert|doctor)", r"quantize\.run"),
 )
 """Lowest first, as in the README; within a floor, imports may not form a circle. Commands are imported by nobody."""

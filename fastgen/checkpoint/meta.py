@@ -19,7 +19,6 @@ from fastgen.checkpoint.torch_bin import read_torch
 from fastgen.errors import ModelFileError
 from fastgen.files import naming
 from fastgen.json_file import read_json
-from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.open import NAMES, open_tokenizer
 
 PARAMS = "params.json"
@@ -43,7 +42,7 @@ def open_meta(folder: Path) -> Checkpoint:
         config=config,
         dtype=main_dtype(assembled.values()),
         tensors=assembled,
-        open_tokenizer=lambda: _open_tokenizer(folder),
+        open_tokenizer=lambda: open_tokenizer(tokenizer_place(folder)),
     )
 
 
@@ -88,9 +87,7 @@ def _whole(name: str, slices: Sequence[LazyTensor], dim: int) -> LazyTensor:
     return Concat(slices, dimension=int(by_columns))
 
 
-def _open_tokenizer(folder: Path) -> Tokenizer:
-    """Open the tokenizer of the folder, or that of the one above it, which the sizes of Llama 1 and 2 share."""
+def tokenizer_place(folder: Path) -> Path:
+    """Return the folder, if it has a tokenizer, else the file above it, which the sizes of Llama 1 and 2 share."""
     shared = folder.parent / "tokenizer.model"
-    if not any((folder / name).exists() for name in NAMES) and shared.exists():
-        return open_tokenizer(shared)
-    return open_tokenizer(folder)
+    return folder if any((folder / name).exists() for name in NAMES) or not shared.exists() else shared

@@ -8,6 +8,8 @@ from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.hf_json import HuggingFaceTokenizer
 from fastgen.tokenizer.llama2c_bin import looks_like_llama2c
 from fastgen.tokenizer.open import MAX_BYTES, NAMES
+from fastgen.tokenizer.score_bpe import ScoreBpeTokenizer
+from fastgen.tokenizer.score_bpe_json import score_bpe_json
 from fastgen.tokenizer.settings import read_whole
 
 FILES = (
@@ -24,7 +26,11 @@ def tokenizer_as_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
     Raises `UsageError` for a kind that has no such form.
     """
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        content = tokenizer.to_json()
+    elif isinstance(tokenizer, ScoreBpeTokenizer):
+        content = score_bpe_json(tokenizer)
+    else:
         raise UsageError("this model's tokenizer cannot be written as a file; pass one with --tokenizer")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -33,7 +39,7 @@ def tokenizer_as_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         **tokenizer.template_tokens,
     }
     files = {
-        "tokenizer.json": tokenizer.to_json().encode(),
+        "tokenizer.json": content.encode(),
         "tokenizer_config.json": json.dumps(settings, indent=2).encode() + b"\n",
     }
     if tokenizer.chat_template is not None:

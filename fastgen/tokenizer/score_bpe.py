@@ -50,7 +50,7 @@ class ScoreBpeTokenizer(SegmentedTokenizer):
         for token, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)):
             if by_kind[kind].setdefault(piece, token) != token:
                 raise ModelFileError(f"{source}: token {piece!r} stands at ids {by_kind[kind][piece]} and {token}")
-        self._pieces = pieces
+        self.pieces, self.scores, self.kinds = pieces, scores, kinds
         self._ids = by_kind[Kind.UNUSED] | by_kind[Kind.USER_DEFINED] | by_kind[Kind.NORMAL]
         self._scores = {piece: scores[token] for piece, token in self._ids.items()}
         if any(map(math.isnan, self._scores.values())):
@@ -95,7 +95,7 @@ class ScoreBpeTokenizer(SegmentedTokenizer):
         return ids
 
     def _token_bytes(self, token: int) -> bytes:
-        return self._bytes.get(token) or self._pieces[token].encode()
+        return self._bytes.get(token) or self.pieces[token].encode()
 
     @cached_property
     def _user_pattern(self) -> re.Pattern[str]:

@@ -1,0 +1,168 @@
+"""Any opened checkpoint as a Hugging Face folder, tensor by tensor: no more than one is ever in memory.
+
+Plain tensors are written in one dtype. Linears that are quantized keep their integers and scales, whatever tool they
+come from, in compressed-tensors' `pack-quantized` form.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgen.checkpoint.compressed_tensors import quantization_config, stored_shapes
+from fastgen.checkpoint.hf_save import hf_config, write_json
+from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
+from fastgen.checkpoint.names import HF, linear_parts, part_rows
+from fastgen.checkpoint.safetensors_file import DTYPES
+from fastgen.errors import ModelFileError
+from quantize import int4, int8
+from quantize.format import INT8
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000  # as transformers cuts its own
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is going to be written: what it is, and how to get it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def export_entries(checkpoint: Checkpoint, dtype: torch.dtype) -> list[Entry]:
+    """Return what a folder of `checkpoint` holds, plain tensors in `dtype`."""
+    entries: list[Entry] = []
+    for ours, tensor in checkpoint.tensors.items():
+        module, leaf = ours.rsplit(".", 1)
+        for name, rows in _parts(module, tensor.shape[0], checkpoint):
+            if module in checkpoint.formats and leaf != "bias":
+                entries += _quantized(name, leaf, tensor, rows, checkpoint, module)
+            else:
+                entries.append(_plain(f"{name}.{leaf}", tensor, rows, dtype, checkpoint.path))
+    return entries
+
+
+def write_export(
+    folder: Path,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    entries: Sequence[Entry],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the config and `entries` into the existing `folder`; `progress` is called with bytes done and in all.
+
+    Raises `ModelFileError` for damage that shows while tensors are read, and for values that `dtype` cannot hold;
+    `UsageError` for a model that no model type describes; `OSError` for a disk that is full.
+    """
+    _write_config(folder, checkpoint, dtype)
+    shards, total, done = _shards(entries), sum(entry.nbytes for entry in entries), 0
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        for written in write_safetensors(folder / name, shard):
+            done += written
+            progress(done, total)
+        index |= {entry.name: name for entry in shard}
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry]) -> Iterator[int]:
+    """Write a safetensors file (https://github.com/safetensors/safetensors#format), yielding the bytes of each tensor
+    as it is there. The library takes all tensors at once."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for entry in entries:
+        end = position + entry.nbytes
+        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [position, end]}
+        position = end
+    data = json.dumps(header).encode()
+    data += b" " * (-len(data) % 8)
+    with path.open("wb") as file:
+        file.write(len(data).to_bytes(8, "little") + data)
+        for entry in entries:
+            tensor = entry.read()
+            assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), (
+                f"{entry.name} is not as announced"
+            )
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            yield entry.nbytes
+
+
+def _parts(module: str, rows: int, checkpoint: Checkpoint) -> Iterator[tuple[str, slice]]:
+    """Yield the foreign modules that our `module` is made up of, each with its rows."""
+    if module in HF.model:
+        yield HF.model[module], slice(0, rows)
+        return
+    _, layer, kind = module.split(".")
+    first = 0
+    for name, count in zip(HF.layer[kind], part_rows(checkpoint.config, kind) or [rows], strict=True):
+        yield HF.layer_prefix.format(layer) + name, slice(first, first + count)
+        first += count
+
+
+def _plain(name: str, tensor: LazyTensor, rows: slice, dtype: torch.dtype, source: Path) -> Entry:
+    def read() -> Tensor:
+        values = tensor[rows].to(dtype)
+        if values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
+            raise ModelFileError(f"{source}: {name} holds values that are not finite in {dtype}")
+        return values
+
+    return Entry(name, (rows.stop - rows.start, *tensor.shape[1:]), dtype, read)
+
+
+def _quantized(
+    name: str, leaf: str, tensor: LazyTensor, rows: slice, checkpoint: Checkpoint, module: str
+) -> Iterator[Entry]:
+    """Yield the entries that stand for one tensor of a quantized linear, of these rows."""
+    weight_format = checkpoint.formats[module]
+    count = rows.stop - rows.start
+    columns = tensor.shape[1] * (int4.PER_WORD if leaf == "weight_packed" else 1)
+    if leaf in ("weight", "weight_packed"):
+        shape = torch.tensor([count, columns])
+        yield Entry(f"{name}.weight_shape", (2,), torch.int64, lambda: shape)
+        packed = stored_shapes(weight_format, count, columns)["weight_packed"]
+        if weight_format == INT8:
+            yield Entry(f"{name}.weight_packed", packed, torch.int32, lambda: int8.pack(tensor[rows]))
+        else:
+            yield Entry(f"{name}.weight_packed", packed, torch.int32, lambda: tensor[rows])
+    elif leaf == "weight_zero_point":
+        words = (-(-count // int4.PER_WORD), tensor.shape[1])
+        yield Entry(f"{name}.weight_zero_point", words, torch.int32, lambda: int4.pack_rows(tensor[rows]))
+    else:
+        yield Entry(f"{name}.{leaf}", (count, *tensor.shape[1:]), tensor.dtype, lambda: tensor[rows])
+
+
+def _shards(entries: Sequence[Entry]) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    return shards
+
+
+def _write_config(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    config, formats = checkpoint.config, checkpoint.formats
+    description = hf_config(config, dtype)
+    if formats:
+        foreign = {part: formats.get(ours) for ours, parts in linear_parts(config, HF).items() for part in parts}
+        description["quantization_config"] = quantization_config(foreign)
+    write_json(folder / "config.json", description)
+    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
+    write_json(folder / "generation_config.json", {name: value for name, value in tokens.items() if value is not None})
