@@ -4,7 +4,10 @@ import psutil
 import pytest
 from torch._dynamo.utils import counters
 
+from fastgen import session
+from fastgen.cli import ModelFlags
 from fastgen.engine import Engine
+from fastgen.errors import RecompiledError
 from fastgen.naive import generate_naively
 from fastgen.options import GenerationOptions, SamplingOptions
 from tests.models import random_model
@@ -53,6 +56,19 @@ def test_sampled_rows_of_a_compiled_batch_equal_eager_single_rows() -> None:
         alone = streams[0].completion()
         assert together[row].tokens == alone.tokens
         assert together[row].logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+def test_a_graph_that_the_start_did_not_foresee_is_counted_and_can_be_an_error() -> None:
+    engine = Engine(random_model(), compile=True)
+    engine.warm_up()
+    engine.generate([text_of(5)], GenerationOptions(max_new_tokens=3))
+    session.check_recompiles(ModelFlags(fail_on_recompile=True), engine)
+    sampling = SamplingOptions(temperature=1.0, top_k=7)
+    engine.generate([text_of(5)], GenerationOptions(max_new_tokens=3, sampling=sampling))
+    assert engine.recompiles == 1
+    session.check_recompiles(ModelFlags(), engine)
+    with pytest.raises(RecompiledError, match=r"1 graph\(s\) were compiled after the start"):
+        session.check_recompiles(ModelFlags(fail_on_recompile=True), engine)
 
 
 @pytest.mark.gpu

@@ -62,6 +62,31 @@ def test_rows_of_a_batch_equal_single_runs() -> None:
     assert [row.tokens for row in Engine(model, batch=3).generate(prompts, options)] == alone
 
 
+def test_rows_reuse_the_cache_no_further_than_all_of_them_can() -> None:
+    engine, options = Engine(random_model(), batch=2), GenerationOptions(max_new_tokens=9, ignore_eos=True)
+    first = engine.generate([text_of(40, 1), text_of(30, 2)], options)
+    going_on = [*first[0].prompt_tokens, *first[0].tokens, 7, 8]
+    parting = [*first[1].prompt_tokens[:20], 1, 2, 3]
+    second = engine.generate([going_on, parting], options)
+    assert engine.timings.prefilled_tokens == len(going_on) - 20
+    twin = random_model()
+    for row, prompt in zip(second, (going_on, parting), strict=True):
+        assert list(row.tokens) == generate_naively(twin, prompt, 9, options.sampling)
+
+
+def test_log_probabilities_are_the_models_own_before_penalty_temperature_and_filters() -> None:
+    model, prompt = random_model(), text_of(12)
+    sampling = SamplingOptions(temperature=1.5, top_k=20, top_p=0.8, repetition_penalty=1.3, seed=4)
+    options = GenerationOptions(max_new_tokens=10, ignore_eos=True, logprobs=True, sampling=sampling)
+    row = Engine(model).generate([prompt], options)[0]
+    text = torch.tensor([[*prompt, *row.tokens]])
+    positions = torch.arange(text.shape[1])
+    model.transformer.allocate_cache(1, text.shape[1])
+    hidden = model.transformer(text, positions[None], positions, torch.tensor([text.shape[1]]))
+    expected = model.transformer.logits(hidden)[0, 11:-1].log_softmax(-1)[torch.arange(10), text[0, 12:]]
+    assert row.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 def test_an_engine_forgets_its_last_text() -> None:
     model, options = random_model(), GenerationOptions(max_new_tokens=10, ignore_eos=True)
     engine = Engine(model)

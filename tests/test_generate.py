@@ -231,6 +231,7 @@ def test_bench_records_a_speed_beside_its_limit(tmp_path: Path, capsys: pytest.C
     assert json.loads(output.read_text())["records"] == [record]
     # 6 layers of 4 x 288 x 288 + 3 x 288 x 768, 13 norms, and the tied head, in fp32.
     assert record["weight_bytes"] == 4 * (6 * (4 * 288 * 288 + 3 * 288 * 768) + 13 * 288 + 32000 * 288)
+    assert record["kv_bytes"] == 4 * 2 * 6 * 288 * (5 + 8 // 2), "half of the new tokens stand there on average"
     assert record["model"] == "stories15m" and record["format"] == "fp32" and record["world_size"] == 1
     rate = 1e3 / record["ms_per_token"]["median"]
     assert record["decode_tokens_per_second"] == pytest.approx(rate)
