@@ -172,6 +172,10 @@ class WindowFlags:
     stride: int | None = flag(None, "tokens between windows (default: the window)", type=int, metavar="N")
     max_tokens: int | None = flag(None, "measure on so many of the first tokens", type=int, metavar="N")
 
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise UsageError(f"--max-tokens {self.max_tokens}: expected at least 2")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputFlags:
@@ -227,9 +231,10 @@ def parse(config: type[Config], argv: Sequence[str] | None, *, prog: str, descri
             options.setdefault("action", "store_true")
         if options.get("action") in REPEATED:
             options["default"] = None
-        parser.add_argument(*names, dest=entry.name, **options)
+        group = parser.add_mutually_exclusive_group() if entry.metadata["negation"] else parser
+        group.add_argument(*names, dest=entry.name, **options)
         if entry.metadata["negation"]:
-            parser.add_argument(
+            group.add_argument(
                 f"--{entry.metadata['negation']}",
                 dest=entry.name,
                 action="store_false",

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = _load(config, config.model, phases, quantized=True)
     against = _load(config, config.against, phases, quantized=False) if config.against else None
     tokens = model.tokenizer.encode(text)[: config.max_tokens]
+    if against and against.tokenizer.encode(text)[: config.max_tokens] != tokens:
+        raise UsageError(f"--against {config.against}: makes other tokens of the text, so the two cannot be compared")
     with phases.phase("score", f"{len(tokens)} tokens") as advance:
         scores = score(
             model, tokens, width=min(config.window, model.config.max_seq_len), stride=config.stride, against=against,
@@ -85,6 +87,7 @@ def _load(config: EvaluateConfig, name: str, phases: cli.Phases, *, quantized: b
     from fastgen.load import load_model
 
     path = session.find(config, phases, None if quantized else name)
+    names = [field.name for field in dataclasses.fields(cli.QuantFlags)] if quantized else []
     with phases.phase("load", name) as advance:
         model = load_model(
             path,
@@ -92,11 +95,8 @@ def _load(config: EvaluateConfig, name: str, phases: cli.Phases, *, quantized: b
             tokenizer=config.tokenizer,
             device=config.device,
             dtype=config.dtype,
-            quant=config.quant if quantized else None,
-            group_size=config.group_size,
-            symmetric=config.symmetric,
-            keep=config.keep if quantized else None,
             progress=advance,
+            **{name: getattr(config, name) for name in names},
         )
     phases.note(model.checkpoint.notes)
     return model

@@ -135,8 +135,10 @@ def use_kernels(model: LoadedModel, name: str) -> None:
 def make_scheme(quant: str | None, *, group_size: int, symmetric: bool, keep: str | None) -> Scheme | None:
     """Return how to quantize by these flags, None for not at all; raises `UsageError` for what does not fit."""
     if quant is None:
-        if keep is not None:
-            raise UsageError(f"--keep {keep}: only with --quant")
+        given = {"--keep": keep is not None, "--group-size": group_size != Scheme.group_size, "--symmetric": symmetric}
+        if any(given.values()):
+            names = ", ".join(name for name, is_given in given.items() if is_given)
+            raise UsageError(f"{names}: only with --quant; a model that is quantized already has formats of its own")
         return None
     return Scheme(quant=quant, group_size=group_size, symmetric=symmetric, keep=keep)
 

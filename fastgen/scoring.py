@@ -45,7 +45,7 @@ def score(
     `ModelFileError` for predictions that are not finite.
     """
     stride = width if stride is None else stride
-    _check(model, tokens, width, stride, against)
+    check_windows(len(tokens), width=width, stride=stride, limit=_limit(model, against))
     for each in filter(None, (model, against)):
         each.transformer.allocate_cache(1, width)
     losses, divergences, agreements = [], [], []
@@ -110,16 +110,22 @@ def _log_probabilities(model: LoadedModel, hidden: Tensor) -> Tensor:
     return torch.log_softmax(model.transformer.logits(hidden), dim=-1)
 
 
-def _check(model: LoadedModel, tokens: Sequence[int], width: int, stride: int, against: LoadedModel | None) -> None:
-    limit = min(each.config.max_seq_len for each in (model, against) if each)
+def check_windows(count: int, *, width: int, stride: int | None, limit: int) -> None:
+    """Raise `UsageError` unless `count` tokens can be read in such windows by a model made for `limit` tokens."""
+    stride = width if stride is None else stride
     if not 2 <= width <= limit:
         raise UsageError(f"--window {width}: expected 2 to {limit}, which the model was made for")
     if not 1 <= stride <= width:
         raise UsageError(f"--stride {stride}: expected 1 to the window's {width}")
-    if len(tokens) < 2:
-        raise UsageError(f"the text has {len(tokens)} token(s), at least two are needed")
+    if count < 2:
+        raise UsageError(f"the text has {count} token(s), at least two are needed")
+
+
+def _limit(model: LoadedModel, against: LoadedModel | None) -> int:
+    """Return how many tokens both models were made for; raises `UsageError` if they have two vocabularies."""
     if against and against.config.vocab_size != model.config.vocab_size:
         raise UsageError(
             f"--against: {against.checkpoint.path} has a vocabulary of {against.config.vocab_size}, "
             f"{model.checkpoint.path} one of {model.config.vocab_size}; only models of one vocabulary can be compared"
         )
+    return min(each.config.max_seq_len for each in (model, against) if each)

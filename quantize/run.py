@@ -16,6 +16,7 @@ from fastgen import cli
 from fastgen.errors import ModelFileError, UsageError
 
 if TYPE_CHECKING:
+    from fastgen.tokenizer.base import Tokenizer
     from quantize.folder import Job, LinearReport
 
 PROG = "quantize.run"
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.out is None or config.quant is None:
         raise UsageError("--quant FORMAT and --out DIR are needed: what to make, and where to write it")
     target = Path(config.out)
-    _check_target(target, overwrite=config.overwrite)
+    _check_target(target, Path(config.model), overwrite=config.overwrite)
     text = read_text(config.measure) if config.measure else None
 
     from fastgen.manifest import write_manifest
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from quantize.folder import write_folder
 
     phases = cli.Phases()
-    job, files = _plan(config, phases)
+    job, tokenizer, files = _plan(config, phases)
+    tokens = None if text is None else _measured_tokens(config, text, job, tokenizer)
     require_space(target, job.bytes())
     with staged_folder(target) as folder:
         with phases.phase("quantize", config.model) as advance:
@@ -56,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, data in files.items():
             (folder / name).write_bytes(data)
         report = _report(config, job, linears)
-        if text is not None:
-            report["measured"] = _measure(config, folder, text, phases)
+        if tokens is not None:
+            report["measured"] = _measure(config, folder, tokens, phases)
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         write_manifest(folder)
     sys.stdout.write(table(linears, report) + f"\nwritten to {target}\n")
@@ -105,8 +107,8 @@ def _by_layer(linears: Sequence["LinearReport"]) -> dict[str, list["LinearReport
     return layers
 
 
-def _plan(config: QuantizeConfig, phases: cli.Phases) -> tuple["Job", dict[str, bytes]]:
-    """Return what is to be written: the job, and the tokenizer's files by name."""
+def _plan(config: QuantizeConfig, phases: cli.Phases) -> tuple["Job", "Tokenizer", dict[str, bytes]]:
+    """Return what is to be written: the job, and the tokenizer with its files by name."""
     from fastgen.checkpoint.detect import open_checkpoint
     from fastgen.device import DTYPES, choose_placement
     from fastgen.load import make_scheme
@@ -125,13 +127,25 @@ def _plan(config: QuantizeConfig, phases: cli.Phases) -> tuple["Job", dict[str, 
         dtype=DTYPES[config.dtype] if config.dtype else checkpoint.dtype,
         device=choose_placement(config.device).device,
     )
-    return job, tokenizer_files(config, checkpoint)[1]
+    return job, *tokenizer_files(config, checkpoint)
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
-    """Raise `UsageError` for a target that is there, unless it may be replaced."""
+def _measured_tokens(config: QuantizeConfig, text: str, job: "Job", tokenizer: "Tokenizer") -> list[int]:
+    """Return the tokens to measure on; what cannot be measured is refused before any work."""
+    from fastgen.scoring import check_windows
+
+    tokens = tokenizer.encode(text)[: config.max_tokens]
+    limit = job.config.max_seq_len
+    check_windows(len(tokens), width=min(config.window, limit), stride=config.stride, limit=limit)
+    return tokens
+
+
+def _check_target(target: Path, model: Path, *, overwrite: bool) -> None:
+    """Raise `UsageError` for a target inside the model's folder, or one that is there, unless it may be replaced."""
     from fastgen.manifest import NAME
 
+    if model.is_dir() and model.resolve() in target.resolve().parents:
+        raise UsageError(f"--out {target}: lies in the model's own folder; name another place")
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:
@@ -163,7 +177,7 @@ def _report(config: QuantizeConfig, job: "Job", linears: Sequence["LinearReport"
     }
 
 
-def _measure(config: QuantizeConfig, folder: Path, text: str, phases: cli.Phases) -> dict[str, object]:
+def _measure(config: QuantizeConfig, folder: Path, tokens: list[int], phases: cli.Phases) -> dict[str, object]:
     """Return how the model in `folder` compares with the original on a text."""
     from fastgen.load import load_model
     from fastgen.scoring import score
@@ -171,7 +185,6 @@ def _measure(config: QuantizeConfig, folder: Path, text: str, phases: cli.Phases
 
     original = load_model(find(config, phases), tokenizer=config.tokenizer, device=config.device, dtype=config.dtype)
     model = load_model(folder, device=config.device, dtype=config.dtype)
-    tokens = model.tokenizer.encode(text)[: config.max_tokens]
     width = min(config.window, model.config.max_seq_len)
     with phases.phase("measure", f"{len(tokens)} tokens") as advance:
         scores = score(model, tokens, width=width, stride=config.stride, against=original, progress=advance)

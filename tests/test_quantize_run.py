@@ -146,14 +146,32 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], type[FastgenError], str]] 
     "a rule that names nothing": (
         lambda old: ["--out", str(old.parent / "new"), "--keep", "layers.99=bf16"], UsageError, "layers.99",
     ),
+    "an output folder inside the model": (
+        lambda old: ["--model", str(old), "--out", str(old / "new")], UsageError, "the model's own folder",
+    ),
     "a text that is not there": (
         lambda old: ["--out", str(old.parent / "new"), "--measure", "none.txt"], ModelFileError, "none.txt",
+    ),
+    "a text that is empty": (
+        lambda old: ["--out", str(old.parent / "new"), "--measure", os.devnull], UsageError, "at least two",
+    ),
+    "a window of one token": (
+        lambda old: ["--out", str(old.parent / "new"), "--measure", __file__, "--window", "1"], UsageError, "--window",
+    ),
+    "no step between windows": (
+        lambda old: ["--out", str(old.parent / "new"), "--measure", __file__, "--stride", "0"], UsageError, "--stride",
+    ),
+    "fewer than no tokens": (
+        lambda old: ["--out", str(old.parent / "new"), "--measure", __file__, "--max-tokens", "-5"], UsageError, "-5",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_mistakes_are_told_and_nothing_is_lost(folder: Path, mistake: str) -> None:
+def test_mistakes_are_told_before_any_work_and_nothing_is_lost(
+    folder: Path, mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantize.folder.write_folder", None)
     arguments, error, words = REFUSED[mistake]
     with pytest.raises(error, match=words):
         main(["--model", "stories", "--quant", "int4", *arguments(folder)])
@@ -161,11 +179,16 @@ def test_mistakes_are_told_and_nothing_is_lost(folder: Path, mistake: str) -> No
     assert sorted(os.listdir(folder.parent)) == ["copy"]
 
 
-def test_an_unknown_method_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("flags", "word"), [(["--method", "magic"], "magic"), (["--symmetric", "--asymmetric"], "not allowed with")]
+)
+def test_unknown_methods_and_contradictions_are_usage_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], word: str
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["--quant", "int4", "--out", str(tmp_path / "x"), "--method", "magic"])
+        main(["--quant", "int4", "--out", str(tmp_path / "x"), *flags])
     assert ended.value.code == 2
-    assert "magic" in capsys.readouterr().err
+    assert word in capsys.readouterr().err
 
 
 def test_a_full_disk_is_known_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,8 +290,9 @@ def test_a_flag_that_contradicts_the_folder_is_refused(folders: dict[str, Path])
     for other in ({"quant": "int8"}, {"quant": "int4", "symmetric": True}, {"quant": "int4", "keep": "lm_head=bf16"}):
         with pytest.raises(UsageError, match="quantized already"):
             load_model(folders["int4"], device="cpu", **other)
-    with pytest.raises(UsageError, match="--keep"):
-        load_model("stories", device="cpu", keep="lm_head=bf16")
+    for flag, alone in (("keep", "lm_head=bf16"), ("group-size", 64), ("symmetric", True)):
+        with pytest.raises(UsageError, match=f"--{flag}: only with --quant"):
+            load_model(folders["int4"], device="cpu", **{flag.replace("-", "_"): alone})
 
 
 def test_overwriting_replaces_a_folder_of_ours(folder: Path) -> None:
