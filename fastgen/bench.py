@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 from fastgen import cli
 from fastgen.errors import INTERRUPTED, UsageError
 from fastgen.staged import require_writable, staged_file
+from tp.watch import process_watch
 
 if TYPE_CHECKING:
     from fastgen.benchmark import Record
     from fastgen.device import Placement
     from fastgen.load import LoadedModel
+    from tp.dist import Ranks
 
 PROG = "fastgen.bench"
 
@@ -77,14 +79,18 @@ def _check(config: BenchConfig) -> None:
 
 def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Record"]:
     """Yield the records of one model, every mode in turn."""
+    from fastgen import session
     from fastgen.baseline import require_comparable, time_transformers
     from fastgen.benchmark import Timing, record, time_engine
     from fastgen.device import choose_placement
     from fastgen.kernels.bandwidth import measure_read_bandwidth
 
-    placement = choose_placement(config.device, config.dtype)
+    ranks, device = session.join_ranks(config)
+    if config.baseline and ranks.world > 1:
+        raise UsageError("--baseline transformers: with one process only")
+    placement = choose_placement(device, config.dtype)
     limit = measure_read_bandwidth(placement.device)
-    model = _load(config, name, placement, phases)
+    model = _load(config, name, placement, ranks, phases)
     if config.baseline:
         require_comparable(model)
     workload = {"prompt_tokens": config.prompt_tokens, "new_tokens": config.new_tokens}
@@ -106,7 +112,7 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
         yield row(timing, "transformers", "compile" if placement.device.type == "cuda" else "static cache")
 
 
-def _load(config: BenchConfig, name: str, placement: "Placement", phases: cli.Phases) -> "LoadedModel":
+def _load(config: BenchConfig, name: str, placement: "Placement", ranks: "Ranks", phases: cli.Phases) -> "LoadedModel":
     from fastgen import session
     from fastgen.load import make_scheme, random_model, use_kernels
     from fastgen.shapes import shape
@@ -115,7 +121,7 @@ def _load(config: BenchConfig, name: str, placement: "Placement", phases: cli.Ph
         return session.load(config, phases, name)
     with phases.phase("load", name):
         scheme = make_scheme(config.quant, group_size=config.group_size, symmetric=config.symmetric, keep=config.keep)
-        model = random_model(shape(name), placement, scheme=scheme)
+        model = random_model(shape(name), placement, scheme=scheme, ranks=ranks)
     use_kernels(model, config.kernels)
     return model
 
@@ -133,7 +139,7 @@ def _document(config: BenchConfig, records: list["Record"]) -> dict[str, object]
 
 
 def _write(config: BenchConfig, records: list["Record"]) -> None:
-    if config.output:
+    if config.output and process_watch().place.leads:
         with staged_file(Path(config.output)) as staging:
             staging.write_text(json.dumps(_document(config, records), indent=1) + "\n")
 

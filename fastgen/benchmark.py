@@ -95,7 +95,7 @@ def record(
         model=name,
         format=model.format,
         mode=mode,
-        world_size=1,
+        world_size=model.ranks.world,
         batch=batch,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,

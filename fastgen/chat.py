@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from fastgen import cli
 from fastgen.errors import INTERRUPTED, CapacityError, UsageError
 from fastgen.staged import staged_file
+from tp.watch import INPUT
 
 if TYPE_CHECKING:
     from fastgen.completion import Completion, TextStream
@@ -91,7 +92,7 @@ class Chat:
             _tell("/help lists the commands")
         while True:
             try:
-                line = _read_line(on_terminal)
+                line = self._next_line(on_terminal)
             except KeyboardInterrupt:
                 _tell("")
                 return INTERRUPTED
@@ -106,6 +107,12 @@ class Chat:
                 _tell(str(error))
             except KeyboardInterrupt:
                 _tell("\ninterrupted before the answer began: the message is forgotten")
+
+    def _next_line(self, on_terminal: bool) -> str | None:
+        """Return the next line, which rank 0 reads for all ranks, or None at the end."""
+        ranks = self.engine.model.ranks
+        ranks.at(INPUT)
+        return ranks.share(_read_line(on_terminal) if ranks.leads else None)
 
     def _command(self, line: str) -> None:
         name, _, argument = line.strip().partition(" ")
@@ -184,6 +191,8 @@ class Chat:
         if exists:
             raise UsageError(f"/save {name}: the file exists already; name another, nothing is overwritten")
         messages = self.conversation.messages
+        if not self.engine.model.ranks.leads:
+            return
         with staged_file(path) as staging:
             staging.write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         _tell(f"{len(messages)} messages saved to {path}")

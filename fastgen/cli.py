@@ -18,10 +18,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from fastgen.errors import INTERRUPTED, CapacityError, FastgenError, UsageError
 from fastgen.options import GenerationOptions, SamplingOptions
+from tp.watch import process_watch
 
 Config = TypeVar("Config")
 
@@ -95,7 +97,17 @@ class QuantFlags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFlags(SourceFlags, QuantFlags, ComputeFlags):
+class RankFlags(PlacementFlags):
+    """How several processes, started by torchrun, work together."""
+
+    timeout: float = flag(
+        60.0, "under torchrun: seconds after which a rank that stalls ends the run", type=float, metavar="S"
+    )
+    check_ranks: bool = flag(False, "under torchrun: compare tokens and logits of all ranks at every step")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags(SourceFlags, QuantFlags, ComputeFlags, RankFlags):
     """A model to generate with."""
 
     kv_cache: str | None = flag(None, "format of the KV cache", choices=("int8",))
@@ -283,22 +295,26 @@ def run(command: Callable[[], int], *, prog: str) -> NoReturn:
     """
     signal.signal(signal.SIGINT, _leave)
     _mend_streams()
+    with process_watch():
+        sys.exit(_run(command, prog))
+
+
+def _run(command: Callable[[], int], prog: str) -> int:
     try:
+        process_watch().begin(silence="--debug" not in sys.argv)
         status = command()
         sys.stdout.flush()
     except FastgenError as error:
         if "--debug" in sys.argv:
             raise
-        sys.stderr.write(f"{prog}: {error}\n")
-        status = error.exit_status
+        status = _fail(prog, error)
     except KeyboardInterrupt:
         status = INTERRUPTED
     except (MemoryError, RuntimeError) as error:
         # Wherever memory ends, it ends the same way; PyTorch's CPU allocator has no error type of its own.
         if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
             raise
-        sys.stderr.write(f"{prog}: out of memory; use a smaller model, --max-seq-len or --dtype bf16\n")
-        status = CapacityError.exit_status
+        status = _fail(prog, CapacityError("out of memory; use a smaller model, --max-seq-len or --dtype bf16"))
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
@@ -308,7 +324,14 @@ def run(command: Callable[[], int], *, prog: str) -> NoReturn:
         if error.errno == errno.ENOSPC:
             sys.stderr.write(f"{prog}: stdout cannot be written: no space left\n")
             status = CapacityError.exit_status
-    sys.exit(status)
+    return status
+
+
+def _fail(prog: str, error: FastgenError) -> int:
+    """Say what went wrong, and return the exit status; where this happened to one rank of several, another says it."""
+    if process_watch().fail(error.exit_status, str(error)):
+        sys.stderr.write(f"{prog}: {error}\n")
+    return error.exit_status
 
 
 def _leave(number: int, frame: object) -> NoReturn:
@@ -331,6 +354,10 @@ def _mend_streams() -> None:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Let Ctrl-C raise KeyboardInterrupt inside, where the command keeps what it has so far."""
+    if process_watch().connected:
+        with process_watch().interruptible():
+            yield
+        return
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -348,11 +375,12 @@ class Phases:
     def phase(self, name: str, detail: str = "") -> Iterator[Callable[[int, int], None]]:
         """Show that `name` is under way; yields a function (done, total) that moves its bar."""
         start = time.perf_counter()
+        process_watch().at(name)
         if sys.stderr.isatty():
-            with _bar(f"{name} {detail}") as advance:
-                yield advance
+            with _bar(f"{name} {detail}") as show:
+                yield partial(_advance, name, show)
         else:
-            yield lambda done, total: None
+            yield partial(_advance, name, None)
         self.seconds[name] = time.perf_counter() - start
         sys.stderr.write(f"{name:<10} {detail}  {self.seconds[name]:.1f} s\n")
 
@@ -360,6 +388,12 @@ class Phases:
         """Say what the user should know."""
         for line in lines:
             sys.stderr.write(f"{'note':<10} {line}\n")
+
+
+def _advance(name: str, show: Callable[[int, int], None] | None, done: int, total: int) -> None:
+    process_watch().at(name)
+    if show:
+        show(done, total)
 
 
 @contextlib.contextmanager

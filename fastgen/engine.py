@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fastgen.completion import Completion, TextStream
 from fastgen.device import require_memory, synchronize
-from fastgen.errors import ModelFileError, UsageError
+from fastgen.errors import FastgenError, ModelFileError, RankLostError, UsageError
 from fastgen.load import LoadedModel, Progress
 from fastgen.options import GenerationOptions, SamplingOptions
-from fastgen.sampling import INVALID_TOKEN, knobs_of
+from fastgen.sampling import INVALID_TOKEN, RANKS_DIFFER, knobs_of
 from fastgen.steps import CHUNKS, Choice, Rows, Steps, chunks
 
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -175,8 +175,8 @@ class Engine:
         for tokens, logprobs in self.tokens(ids, options, samples=samples):
             for row, (text, token) in enumerate(zip(rows, tokens, strict=True)):
                 if not text.finish_reason:
-                    if token == INVALID_TOKEN:
-                        raise self._not_finite(len(ids[row]) + text.count)
+                    if token in (INVALID_TOKEN, RANKS_DIFFER):
+                        raise self._no_token(token, len(ids[row]) + text.count)
                     yield Piece(row, text.push(token, logprobs[row] if logprobs else None), token)
             if all(text.finish_reason for text in rows):
                 return
@@ -217,6 +217,8 @@ class Engine:
                         "this text cannot go on: another was begun on the same model, whose cache holds one\n"
                         "Finish one before the next, or use Engine(batch=N)"
                     )
+            self.model.ranks.at("decode")
+            self.model.ranks.check_interrupt()
             burst = self._steps.decode(filled + 1, options.sampling, logprobs=options.logprobs)
             filled += self._steps.burst
 
@@ -241,6 +243,7 @@ class Engine:
         padded = padded.to(self.device)
         last: Tensor | None = None
         for start, width in chunks(first, max(map(len, prompts))):
+            self.model.ranks.at("prefill")
             hidden = self._steps.prefill(padded[:, start : start + width], start, lengths)
             last = hidden if last is None else torch.where((lengths > start)[:, None], hidden, last)
         assert last is not None, "every prompt has a token that is not in the cache"
@@ -301,7 +304,13 @@ class Engine:
                 raise UsageError(f"token {wrong[0]} lies outside the vocabulary of {self.model.config.vocab_size}")
         return ids
 
-    def _not_finite(self, position: int) -> ModelFileError:
+    def _no_token(self, token: int, position: int) -> FastgenError:
+        """Return the error that stands behind what is no token."""
+        if token == RANKS_DIFFER:
+            return RankLostError(
+                f"--check-ranks: the ranks differ in logits or tokens at position {position}\n"
+                "They must have the same software and the same kind of device"
+            )
         return ModelFileError(
             f"{self.model.checkpoint.path}: the logits are not finite at position {position}\n"
             "The weights are damaged, or overflow this dtype: try --dtype fp32"

@@ -22,9 +22,7 @@ PROG = "fastgen.evaluate"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(
-    cli.SourceFlags, cli.QuantFlags, cli.PlacementFlags, cli.TextFlags, cli.WindowFlags, cli.OutputFlags
-):
+class EvaluateConfig(cli.SourceFlags, cli.QuantFlags, cli.RankFlags, cli.TextFlags, cli.WindowFlags, cli.OutputFlags):
     """The flags of `fastgen.evaluate`."""
 
     against: str | None = cli.flag(None, "compare with this model, unquantized unless it is itself", metavar="M")
@@ -89,13 +87,16 @@ def _load(config: EvaluateConfig, name: str, phases: cli.Phases, *, quantized: b
     path = session.find(config, phases, None if quantized else name)
     names = [field.name for field in dataclasses.fields(cli.QuantFlags)] if quantized else []
     with phases.phase("load", name) as advance:
+        ranks, device = session.join_ranks(config)
         model = load_model(
             path,
             offline=config.offline,
             tokenizer=config.tokenizer,
-            device=config.device,
+            device=device,
             dtype=config.dtype,
             progress=advance,
+            ranks=ranks,
+            check_ranks=config.check_ranks,
             **{name: getattr(config, name) for name in names},
         )
     phases.note(model.checkpoint.notes)

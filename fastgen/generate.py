@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from fastgen import cli
 from fastgen.errors import INTERRUPTED, ModelFileError, UsageError
+from tp.watch import process_watch
 
 if TYPE_CHECKING:
     from fastgen.completion import Completion
@@ -51,19 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not config.compile:
         cli.refuse(config, ["fail_on_recompile"], "only with --compile")
     options = cli.generation_options(config, ignore_eos=config.ignore_eos)
-    prompt = read_prompt(config)
+    leads = process_watch().place.leads
+    prompt = read_prompt(config) if leads else ""
 
     from fastgen import session
 
     phases = cli.Phases()
     model = session.load(config, phases)
+    prompt = model.ranks.share(prompt)
     tokens = encode_prompt(model, config, prompt)
     engine = _engine(model, config, tokens)
     engine.encode([tokens] * engine.batch)
     session.warm_up(engine, options, phases)
-    with _profile(config.profile):
+    with _profile(config.profile if leads else None):
         completions, interrupted = _generate(engine, config, options, tokens, prompt)
-    if completions:
+    if completions and leads:
         metrics = _measure(engine, completions, phases)
         _report(model, config, prompt, completions, metrics)
     session.check_recompiles(config, engine)

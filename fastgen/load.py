@@ -20,13 +20,17 @@ from fastgen.device import Placement, choose_placement, require_memory
 from fastgen.errors import CapacityError, ModelFileError, NetworkError, UsageError
 from fastgen.hub_id import is_id
 from fastgen.kernels import reference
-from fastgen.model import Transformer
+from fastgen.model import PartialStages, Stages, Transformer
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.byte_tokens import ByteTokenizer
 from fastgen.tokenizer.open import check_vocabulary, open_tokenizer
 from quantize.format import WeightFormat
+from quantize.format import int4 as int4_format
 from quantize.linear import make_linear, quantize_weight, scale_dtype
 from quantize.scheme import Scheme, contradiction, describe
+from tp.apply import ShardedStages, quantize_part, shard
+from tp.dist import SINGLE, Ranks
+from tp.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from fastgen.hub import Download
@@ -52,6 +56,8 @@ class LoadedModel:
     checkpoint: Checkpoint
     placement: Placement
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)  # of the linears that are quantized, by name
+    plan: Plan | None = None  # what this rank has of it, where there are several
+    ranks: Ranks = SINGLE
 
     @property
     def format(self) -> str:
@@ -60,8 +66,8 @@ class LoadedModel:
 
     @property
     def config(self) -> ModelConfig:
-        """What the model is."""
-        return self.transformer.config
+        """What the model is, whatever part of it is here."""
+        return self.plan.config if self.plan else self.transformer.config
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -82,6 +88,8 @@ def load_model(
     symmetric: bool = False,
     keep: str | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = SINGLE,
+    check_ranks: bool = False,
 ) -> LoadedModel:
     """Load a model: a folder, a single file, a hub id, or a built-in name: `stories`, `stories-draft`, `smollm2`.
 
@@ -91,6 +99,7 @@ def load_model(
         device, dtype: see `fastgen.device.choose_placement`.
         quant, group_size, symmetric, keep: quantize the weights of a plain checkpoint, see `quantize.scheme.Scheme`;
             one that is quantized needs no `quant`, and refuses another than its own.
+        ranks: those of `tp.dist.join`; each loads its part. `check_ranks` compares them at every step.
 
     Raises:
         ModelFileError, UsageError, CapacityError, NetworkError: see `fastgen.errors`.
@@ -101,6 +110,7 @@ def load_model(
     formats = choose_formats(checkpoint, scheme)
     words = open_tokenizer(resolve_tokenizer(tokenizer, offline)) if tokenizer else checkpoint.open_tokenizer()
     check_vocabulary(words, checkpoint.config.vocab_size, Path(tokenizer) if tokenizer else checkpoint.path)
+    plan = _plan(checkpoint.config, formats, ranks)
     transformer = build(
         checkpoint.config,
         checkpoint.tensors,
@@ -108,10 +118,15 @@ def load_model(
         progress,
         formats=formats,
         scales=scale_dtype(checkpoint.dtype),
+        plan=plan,
+        ranks=ranks,
     )
+    if plan:
+        shard(transformer, reference, plan, ranks, check=check_ranks)
     return LoadedModel(
-        transformer=transformer, tokenizer=words, checkpoint=checkpoint, placement=placement, formats=formats
-    )
+        transformer=transformer, tokenizer=words, checkpoint=checkpoint, placement=placement, formats=formats,
+        plan=plan, ranks=ranks,
+    )  # fmt: skip
 
 
 def use_kernels(model: LoadedModel, name: str) -> None:
@@ -122,14 +137,23 @@ def use_kernels(model: LoadedModel, name: str) -> None:
     """
     device, dtype = model.placement.device, model.placement.dtype
     if name == "reference":
-        model.transformer.stages = reference
+        model.transformer.stages = _over_ranks(model, reference)
         return
     if device.type != "cuda" or dtype == torch.float32:
         raise UsageError(f"--kernels {name}: only on CUDA in bf16 or fp16, not on {device} in {dtype}")
     from fastgen.kernels import fused  # noqa: PLC0415  (Triton, which CPU builds of torch lack)
 
     fused.prepare(device)
-    model.transformer.stages = fused
+    model.transformer.stages = _over_ranks(model, fused)
+
+
+def _over_ranks(model: LoadedModel, stages: PartialStages) -> Stages:
+    return ShardedStages(stages, model.plan, model.ranks) if model.plan else stages
+
+
+def _plan(config: ModelConfig, formats: Mapping[str, WeightFormat], ranks: Ranks) -> Plan | None:
+    """Return what this rank is to hold, None for all; raises `UsageError` where there are too many ranks."""
+    return make_plan(_untied(config, formats), formats, ranks.world, ranks.rank) if ranks.world > 1 else None
 
 
 def make_scheme(quant: str | None, *, group_size: int, symmetric: bool, keep: str | None) -> Scheme | None:
@@ -160,15 +184,24 @@ def choose_formats(checkpoint: Checkpoint, scheme: Scheme | None) -> Mapping[str
 
 
 def random_model(
-    config: ModelConfig, placement: Placement, *, seed: int = 0, scheme: Scheme | None = None
+    config: ModelConfig,
+    placement: Placement,
+    *,
+    seed: int = 0,
+    scheme: Scheme | None = None,
+    ranks: Ranks = SINGLE,
 ) -> LoadedModel:
-    """Return a model of a shape with random weights, made on the device; its tokens are bytes."""
+    """Return a model of a shape with random weights, made on the device; its tokens are bytes.
+
+    Each of several ranks makes a part of its own: together they are not the model that one rank makes.
+    """
     formats = scheme.formats(config) if scheme else {}
-    config = _untied(config, formats)
+    plan = _plan(config, formats, ranks)
+    config = plan.local() if plan else _untied(config, formats)
     with torch.device("meta"):
         transformer = Transformer(config).to(placement.dtype)
     _require_memory(transformer, formats, placement)
-    generator = torch.Generator(placement.device).manual_seed(seed)
+    generator = torch.Generator(placement.device).manual_seed(seed + ranks.rank)
     for name, module in list(transformer.named_modules()):
         if not list(module.parameters(recurse=False)):
             continue
@@ -179,16 +212,27 @@ def random_model(
             else:
                 parameter.normal_(0, 0.02, generator=generator)
         if name in formats:
-            stored = quantize_weight(name, module.weight, formats[name])
-            transformer.set_submodule(name, make_linear(formats[name], stored, module.bias, placement.dtype))
+            weight_format = _dividing(formats[name], module.weight.shape[1])
+            stored = quantize_weight(name, module.weight, weight_format)
+            transformer.set_submodule(name, make_linear(weight_format, stored, module.bias, placement.dtype))
     checkpoint = Checkpoint(
         path=Path("random"), format="random", config=config, dtype=placement.dtype, tensors={},
         open_tokenizer=ByteTokenizer,
     )  # fmt: skip
+    transformer = _completed(transformer, placement)
+    if plan:
+        shard(transformer, reference, plan, ranks)
     return LoadedModel(
-        transformer=_completed(transformer, placement), tokenizer=ByteTokenizer(), checkpoint=checkpoint,
-        placement=placement, formats=formats,
+        transformer=transformer, tokenizer=ByteTokenizer(), checkpoint=checkpoint, placement=placement,
+        formats=formats, plan=plan, ranks=ranks,
     )  # fmt: skip
+
+
+def _dividing(weight_format: WeightFormat, columns: int) -> WeightFormat:
+    """Return a format like this one that fits a rank's part of the columns."""
+    if weight_format.group_size is None or columns % weight_format.group_size == 0:
+        return weight_format
+    return int4_format(columns, weight_format.group_size, symmetric=weight_format.symmetric)
 
 
 def locate(source: str | Path, *, revision: str | None = None, offline: bool = False) -> "Path | Download":
@@ -250,13 +294,18 @@ def build(
     *,
     formats: Mapping[str, WeightFormat] | None = None,
     scales: torch.dtype = torch.bfloat16,
+    plan: Plan | None = None,
+    ranks: Ranks = SINGLE,
 ) -> Transformer:
     """Return a transformer whose parameters are read from `tensors`, module by module, straight to the device.
 
     Linears that `formats` names are quantized on the way, with scales rounded to `scales`, unless they are already.
+    With a `plan` it is the share of this one of the `ranks`, of which nothing else is read.
     """
     formats = formats or {}
-    config = _untied(config, formats)
+    config = plan.local() if plan else _untied(config, formats)
+    if plan:
+        tensors = plan.tensors(tensors, formats)
     with torch.device("meta"):
         transformer = Transformer(config)
     _require_memory(transformer, formats, placement)
@@ -270,7 +319,7 @@ def build(
         if progress:
             progress(done, len(modules))
         try:
-            _place(transformer, name, parts, placement, formats.get(name), scales)
+            _place(transformer, name, parts, placement, formats.get(name), scales, plan, ranks)
         except (MemoryError, RuntimeError) as error:
             # PyTorch's CPU allocator has no error type of its own.
             known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
@@ -292,22 +341,28 @@ def _place(
     placement: Placement,
     weight_format: WeightFormat | None,
     scales: torch.dtype,
+    plan: Plan | None,
+    ranks: Ranks,
 ) -> None:
     """Give one module its parameters, or put a quantized linear in its place."""
-    if weight_format is None:
-        module = transformer.get_submodule(name)
-        for leaf, tensor in parts.items():
-            value = tensor[:].to(placement.device, placement.dtype)
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    device, stored = placement.device, dict[str, Tensor]()
+    if weight_format and "weight_scale" not in parts:
+        weight = parts["weight"]
+        if plan:
+            stored = quantize_part(name, weight, weight_format, plan, ranks, scales=scales, device=device)
+        else:
+            stored = quantize_weight(name, weight, weight_format, scales=scales, device=device)
+        parts = {leaf: tensor for leaf, tensor in parts.items() if leaf != "weight"}
+    stored |= {leaf: tensor[:].to(device) for leaf, tensor in parts.items()}
+    if weight_format and plan:
+        stored, weight_format = plan.fit(name, stored, weight_format)
+    if weight_format:
+        linear = make_linear(weight_format, stored, stored.get("bias"), placement.dtype)
+        transformer.set_submodule(name, linear)
         return
-    if "weight_scale" in parts:
-        stored: dict[str, Tensor] = {leaf: tensor[:].to(placement.device) for leaf, tensor in parts.items()}
-    else:
-        stored = quantize_weight(name, parts["weight"], weight_format, scales=scales, device=placement.device)
-        if "bias" in parts:
-            stored["bias"] = parts["bias"][:].to(placement.device)
-    linear = make_linear(weight_format, stored, stored.get("bias"), placement.dtype)
-    transformer.set_submodule(name, linear)
+    module = transformer.get_submodule(name)
+    for leaf, value in stored.items():
+        setattr(module, leaf, nn.Parameter(value.to(placement.dtype), requires_grad=False))
 
 
 def _require_memory(transformer: Transformer, formats: Mapping[str, WeightFormat], placement: Placement) -> None:

@@ -26,6 +26,7 @@ from fastgen.config import ModelConfig
 from fastgen.kernels import reference
 from fastgen.kernels.reference import Step
 from fastgen.kernels.rope import Rope
+from fastgen.sampling import WHOLE, Vocabulary
 
 
 class Stages(Protocol):
@@ -37,6 +38,12 @@ class Stages(Protocol):
     linear_add: Callable[..., Tensor]
     norm_swiglu: Callable[..., Tensor]
     head: Callable[..., Tensor]
+
+
+class PartialStages(Stages, Protocol):
+    """Stages that one of several ranks can compute its part with."""
+
+    partial_linear: Callable[..., Tensor]
 
 
 class Block(nn.Module):
@@ -87,6 +94,7 @@ class Transformer(nn.Module):
         self.stages = stages
         self.by_region = False
         self.cache_owner: object = None
+        self.vocabulary: Vocabulary = WHOLE
         self.rope = Rope(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -131,6 +139,10 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits [.., V] of `forward`'s output [.., D]."""
+        return self.vocabulary.join(self.own_logits(hidden))
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of the part of the vocabulary, `self.vocabulary`, that this model's head knows."""
         return self.stages.head(hidden, self.norm, self.lm_head)
 
     def weight_bytes(self) -> int:

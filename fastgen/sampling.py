@@ -14,6 +14,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.noise import NoiseKey, gumbel
@@ -24,6 +25,34 @@ INVALID_TOKEN = -1
 
 WEIGHT_UNITS = 2**40
 """What the most likely token weighs in the integer sums of top-p: 2^22 tokens fit, and 1e-12 of it still counts."""
+
+
+RANKS_DIFFER = -2
+"""Stands for a token where tensor-parallel ranks were compared and found to differ (`--check-ranks`)."""
+
+
+class Vocabulary:
+    """Which tokens logits [.., V] are of: all, or under tensor parallelism a part, with a way to see the others'."""
+
+    first = 0
+    """The token of the first logit."""
+
+    is_whole = True
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return x [.., n] of all parts side by side, [.., parts n], the lowest tokens first."""
+        return x
+
+    def join(self, logits: Tensor) -> Tensor:
+        """Return the logits of the whole vocabulary."""
+        return logits
+
+    def check(self, token: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
+        """Return the tokens, or `RANKS_DIFFER` where a check was asked for and some rank has other values."""
+        return token
+
+
+WHOLE = Vocabulary()
 
 
 class Knobs(NamedTuple):
@@ -49,7 +78,9 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def filter_logits(logits: Tensor, options: SamplingOptions, knobs: Knobs | None = None) -> Tensor:
+def filter_logits(
+    logits: Tensor, options: SamplingOptions, knobs: Knobs | None = None, vocabulary: Vocabulary = WHOLE
+) -> Tensor:
     """Apply temperature (not 0), top-k, top-p and min-p to fp32 logits [..., V]; removed tokens become -inf.
 
     The others come back less the row's maximum and divided by the temperature: the same distribution, with
@@ -58,11 +89,11 @@ def filter_logits(logits: Tensor, options: SamplingOptions, knobs: Knobs | None 
     most likely token always stays. A NaN or +inf in a row comes back as NaN.
     """
     knobs = knobs or knobs_of(options)
-    scores = (logits - logits.amax(-1, keepdim=True)) / knobs.temperature
-    if 0 < options.top_k < scores.shape[-1]:
-        scores = _remove_below(scores, scores.topk(options.top_k).values[..., -1:])
+    scores = (logits - vocabulary.gather(logits.amax(-1, keepdim=True)).amax(-1, keepdim=True)) / knobs.temperature
+    if options.top_k > 0:
+        scores = _remove_below(scores, _top_k_threshold(scores, options.top_k, vocabulary))
     if options.top_p < 1:
-        scores = _remove_below(scores, _top_p_threshold(scores, knobs.top_p))
+        scores = _remove_below(scores, _top_p_threshold(vocabulary.join(scores), knobs.top_p))
     if options.min_p > 0:
         # p / max p < min_p, without a softmax: the largest score is 0.
         scores = _remove_below(scores, torch.as_tensor(knobs.min_p, dtype=torch.float64).log())
@@ -72,6 +103,15 @@ def filter_logits(logits: Tensor, options: SamplingOptions, knobs: Knobs | None 
 def _remove_below(scores: Tensor, threshold: Tensor | float) -> Tensor:
     # The comparison is false for NaN, so a NaN stays and reaches `best_token`.
     return scores.masked_fill(scores < threshold, -math.inf)
+
+
+def _top_k_threshold(scores: Tensor, top_k: int, vocabulary: Vocabulary) -> Tensor:
+    """Return [..., 1], the k-th largest score of the whole vocabulary, or its least if there are no k."""
+    own = scores.topk(min(top_k, scores.shape[-1])).values
+    if vocabulary.is_whole:
+        return own[..., -1:]
+    largest = vocabulary.gather(F.pad(own, (0, top_k - own.shape[-1]), value=-math.inf))
+    return largest.topk(top_k).values[..., -1:]
 
 
 def _top_p_threshold(scores: Tensor, top_p: Tensor | float) -> Tensor:
@@ -95,24 +135,42 @@ def sample(
     key: NoiseKey | None = None,
     seen: Tensor | None = None,
     knobs: Knobs | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> Tensor:
     """Choose a token for each row of logits [..., V] (fp32 or lower): int64 [...], or `INVALID_TOKEN`.
 
     `key` names the noise of these rows, with its own seed, and may be left out when greedy. `seen` [..., V] is
     the bool mask of earlier tokens, and may be left out without a repetition penalty. `knobs` stand in for the
-    options' numbers, of which then only counts whether they switch a filter on.
+    options' numbers, of which then only counts whether they switch a filter on. Where the logits are a part of the
+    `vocabulary`, whoever has the other parts calls this too, and all get the same tokens.
     """
+    scores = adjust(logits, options, seen=seen, knobs=knobs, vocabulary=vocabulary)
+    if options.temperature > 0:
+        assert key is not None, "sampling needs a noise key"
+        scores = scores + gumbel(key, scores.shape[-1], first_token=vocabulary.first)
+    return best_token(scores, vocabulary)
+
+
+def adjust(
+    logits: Tensor,
+    options: SamplingOptions,
+    *,
+    seen: Tensor | None = None,
+    knobs: Knobs | None = None,
+    vocabulary: Vocabulary = WHOLE,
+) -> Tensor:
+    """Return the fp32 scores [..., V] that a token is chosen by: logits after the penalty and, unless greedy, after
+    temperature and filters; their softmax is then what the token is drawn from."""
     scores, knobs = logits.float(), knobs or knobs_of(options)
     if options.repetition_penalty != 1:
         assert seen is not None, "a repetition penalty needs the mask of earlier tokens"
+        if not vocabulary.is_whole:
+            seen = seen.narrow(-1, vocabulary.first, scores.shape[-1])
         scores = penalize(scores, seen, knobs.repetition_penalty)
-    if options.temperature > 0:
-        assert key is not None, "sampling needs a noise key"
-        scores = filter_logits(scores, options, knobs) + gumbel(key, scores.shape[-1])
-    return best_token(scores)
+    return filter_logits(scores, options, knobs, vocabulary) if options.temperature > 0 else scores
 
 
-def best_token(scores: Tensor) -> Tensor:
+def best_token(scores: Tensor, vocabulary: Vocabulary = WHOLE) -> Tensor:
     """Return the id of each row's largest score [..., V], the lowest id on ties: int64 [...].
 
     Without a finite maximum it is `INVALID_TOKEN`, so that a broken model does not pass for a confident one:
@@ -121,19 +179,31 @@ def best_token(scores: Tensor) -> Tensor:
     # torch.max promises the first of equal maxima, and NaN is the largest value to it. In two steps, because Inductor
     # gives the argmax of a row to one thread block, with all that is fused into it: for V = 128256 on an H200, 98 us
     # with the noise, against 8 us.
-    vocab = scores.shape[-1]
-    block = min(vocab & -vocab, 1024)  # a power of two that divides the row
+    size = scores.shape[-1]
+    block = min(size & -size, 1024)  # a power of two that divides the row
     value, within = scores.unflatten(-1, (-1, block)).max(-1)
     value, which = value.max(-1, keepdim=True)
     token = which * block + within.gather(-1, which)
+    if not vocabulary.is_whole:
+        # A score's bits and its token travel together: two gatherings would cost two latencies in every step.
+        pair = torch.cat((value.view(torch.int32), (token + vocabulary.first).int()), -1)
+        values, tokens = vocabulary.gather(pair).unflatten(-1, (-1, 2)).unbind(-1)
+        value, which = values.contiguous().view(torch.float32).max(-1, keepdim=True)
+        token = tokens.long().gather(-1, which)
     return torch.where(value.isfinite(), token, INVALID_TOKEN)[..., 0]
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+def log_probabilities(logits: Tensor, tokens: Tensor, vocabulary: Vocabulary = WHOLE) -> Tensor:
     """Return the log-probabilities of `tokens` (int64 [...]) under logits [..., V]: fp32 [...].
 
     They are the model's own: without penalty, temperature and filters. That of `INVALID_TOKEN` is NaN.
     """
     logits = logits.float()
-    chosen = logits.gather(-1, tokens.clamp(min=0)[..., None])[..., 0]
-    return (chosen - logits.logsumexp(-1)).masked_fill(tokens == INVALID_TOKEN, math.nan)
+    index = tokens[..., None] - vocabulary.first
+    chosen, mass = logits.gather(-1, index.clamp(0, logits.shape[-1] - 1)), logits.logsumexp(-1, keepdim=True)
+    if not vocabulary.is_whole:
+        elsewhere = (index < 0) | (index >= logits.shape[-1])
+        pair = torch.cat((chosen.masked_fill(elsewhere, -math.inf), mass), -1)
+        parts = vocabulary.gather(pair).unflatten(-1, (-1, 2))
+        chosen, mass = parts[..., 0].amax(-1, keepdim=True), parts[..., 1].logsumexp(-1, keepdim=True)
+    return (chosen - mass)[..., 0].masked_fill(tokens == INVALID_TOKEN, math.nan)

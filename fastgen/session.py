@@ -9,41 +9,60 @@ from pathlib import Path
 from fastgen import cli, report
 from fastgen.device import describe
 from fastgen.engine import Engine
-from fastgen.errors import RecompiledError
+from fastgen.errors import RecompiledError, UsageError
 from fastgen.hub_id import commit_of
 from fastgen.load import LoadedModel, load_model, locate, use_kernels
 from fastgen.options import GenerationOptions
+from tp.dist import SINGLE, Ranks, join
 
 
 def find(config: cli.SourceFlags, phases: cli.Phases, name: str | None = None) -> Path:
     """Return the path of the model that the flags name (or `name`), downloaded with progress if it has to be."""
     revision = config.revision if name in (None, config.model) else None
+    ranks = join_ranks(config)[0] if isinstance(config, cli.RankFlags) else SINGLE
     place = locate(name or config.model, revision=revision, offline=config.offline)
-    if isinstance(place, Path):
+    if not ranks.any(not isinstance(place, Path)):
+        assert isinstance(place, Path), "no rank has to download"
         return place
-    with phases.phase("download", place.title) as advance:
-        return place.run(advance)
+    with phases.phase("download", getattr(place, "title", "")) as advance:
+        if not isinstance(place, Path) and ranks.place.local == 0:
+            place = place.run(advance)
+        ranks.wait()  # the others of this machine find it in the cache
+    return place if isinstance(place, Path) else place.run()
 
 
 def load(config: cli.ModelFlags, phases: cli.Phases, name: str | None = None) -> LoadedModel:
     """Load the model that the flags name (or `name`), with progress."""
     path = find(config, phases, name)
     with phases.phase("load", name or config.model) as advance:
+        ranks, device = join_ranks(config)
         model = load_model(
             path,
             offline=config.offline,
             tokenizer=config.tokenizer,
-            device=config.device,
+            device=device,
             dtype=config.dtype,
             quant=config.quant,
             group_size=config.group_size,
             symmetric=config.symmetric,
             keep=config.keep,
             progress=advance,
+            ranks=ranks,
+            check_ranks=config.check_ranks,
         )
     phases.note(model.checkpoint.notes)
     use_kernels(model, config.kernels)
     return model
+
+
+def join_ranks(config: cli.RankFlags) -> tuple[Ranks, str | None]:
+    """Join the processes that torchrun started, if it did; returns them, and the device that this one computes on."""
+    if config.timeout < 1:
+        raise UsageError(f"--timeout {config.timeout}: expected at least 1 second")
+    ranks, device = join(config.device, config.timeout)
+    if ranks.world == 1:
+        cli.refuse(config, ["timeout", "check_ranks"], "only under torchrun, with several processes")
+    return ranks, device
 
 
 def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases) -> None:

@@ -74,12 +74,14 @@ def choose_token(
     model: Transformer, hidden: Tensor, positions: Tensor, rows: Rows, options: SamplingOptions, *, logprobs: bool
 ) -> Choice:
     """Return the next token from hidden states [B, D]; `positions` [B] is where it will stand."""
-    logits = model.logits(hidden)
+    logits, vocabulary = model.own_logits(hidden), model.vocabulary
     key = NoiseKey(seed=rows.seed, sample=rows.samples, position=positions)
-    token = sample(logits, options, key=key, seen=rows.seen, knobs=Knobs(*rows.knobs.unbind()))
+    knobs = Knobs(*rows.knobs.unbind())
+    token = sample(logits, options, key=key, seen=rows.seen, knobs=knobs, vocabulary=vocabulary)
+    token = vocabulary.check(token, hidden, logits)
     if options.repetition_penalty != 1.0:
         rows.seen.scatter_(1, token[:, None].clamp(min=0), True)
-    return Choice(token, log_probabilities(logits, token) if logprobs else None)
+    return Choice(token, log_probabilities(logits, token, vocabulary) if logprobs else None)
 
 
 def decode_one_token(

@@ -20,12 +20,20 @@ from quantize.format import INT8, WeightFormat
 from quantize.tokens import are_few
 
 LEVELS = 127.5  # half the range of -128 .. 127
+PER_WORD = 4
 
 
-def quantize(weight: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """Return q [out, in] int8 and scale [out, 1] in `scale_dtype` of a weight [out, in] of any float dtype."""
+def quantize(
+    weight: Tensor, scale_dtype: torch.dtype = torch.bfloat16, *, largest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return q [out, in] int8 and scale [out, 1] in `scale_dtype` of a weight [out, in] of any float dtype.
+
+    `largest` [out, 1] fp32 is the largest magnitude of each channel, where `weight` is a part of its columns.
+    """
     wide = weight.float()
-    scale = rounded_up(wide.abs().amax(1, keepdim=True) / LEVELS, scale_dtype)
+    if largest is None:
+        largest = wide.abs().amax(1, keepdim=True)
+    scale = rounded_up(largest / LEVELS, scale_dtype)
     return (wide / scale.float()).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
@@ -36,7 +44,7 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def pack(q: Tensor) -> Tensor:
     """Return q [out, in] int8 as int32 [out, ceil(in / 4)]."""
-    unsigned, filling = q.view(torch.uint8) ^ 128, -q.shape[1] % 4
+    unsigned, filling = q.view(torch.uint8) ^ 128, -q.shape[1] % PER_WORD
     if filling:
         unsigned = F.pad(unsigned, (0, filling))  # copies even where there is nothing to fill
     return unsigned.contiguous().view(torch.int32)

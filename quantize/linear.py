@@ -42,8 +42,11 @@ def quantize_weight(
     *,
     scales: torch.dtype = torch.bfloat16,
     device: torch.device | None = None,
+    largest: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the tensors that stand for `weight` [out, in], by the names of the module's parameters, on `device`.
+
+    `largest` [out, 1] fp32 on `device`: see `int8.quantize`; other formats do not need it.
 
     Raises `ModelFileError` for values that are not finite; `name` stands in the message.
     """
@@ -51,7 +54,9 @@ def quantize_weight(
     step = max(1, BLOCK // columns)
     stored: dict[str, Tensor] = {}
     for start in range(0, rows, step):
-        for leaf, block in _quantize_rows(weight[start : start + step].to(device), weight_format, scales).items():
+        part = None if largest is None else largest[start : start + step]
+        block_of_rows = weight[start : start + step].to(device)
+        for leaf, block in _quantize_rows(block_of_rows, weight_format, scales, part).items():
             if leaf not in stored:
                 stored[leaf] = block.new_empty(rows, block.shape[1])
             stored[leaf][start : start + step] = block
@@ -81,9 +86,11 @@ def make_linear(
     return int4.Int4Linear(stored["weight_packed"], scale, stored.get("weight_zero_point"), bias)
 
 
-def _quantize_rows(rows: Tensor, weight_format: WeightFormat, scales: torch.dtype) -> dict[str, Tensor]:
+def _quantize_rows(
+    rows: Tensor, weight_format: WeightFormat, scales: torch.dtype, largest: Tensor | None
+) -> dict[str, Tensor]:
     if weight_format.group_size is None:
-        q, scale = int8.quantize(rows, scales)
+        q, scale = int8.quantize(rows, scales, largest=largest)
         return {"weight": q, "weight_scale": scale}
     q, scale, zero_point = int4.quantize(
         rows, weight_format.group_size, symmetric=weight_format.symmetric, scale_dtype=scales

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fastgen import cli
 from fastgen.errors import ModelFileError, UsageError
+from tp.watch import process_watch
 
 if TYPE_CHECKING:
     from fastgen.tokenizer.base import Tokenizer
@@ -37,6 +38,8 @@ class QuantizeConfig(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     config = cli.parse(QuantizeConfig, argv, prog=PROG, description="Quantize a model's weights into a new folder.")
+    if not process_watch().place.leads:
+        return 0  # the folder does not depend on how many ranks will read it, and one process writes it
     if config.out is None or config.quant is None:
         raise UsageError("--quant FORMAT and --out DIR are needed: what to make, and where to write it")
     target = Path(config.out)

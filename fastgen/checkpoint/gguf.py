@@ -1,8 +1,8 @@
 """GGUF files (llama.cpp): header by our own parser, tensors dequantized as they are read.
 
 F32, F16 and BF16 tensors are read as they are; every other type goes through `gguf.quants.dequantize` (the optional
-extra `gguf`), whole rows at a time, and counts as float32. Rows are made of whole blocks, so a slice of rows reads
-only these. Query and key rows of architecture `llama` stand in the order of interleaved RoPE.
+extra `gguf`), and counts as float32. Rows are made of whole blocks, so slices read only the blocks that they touch.
+Query and key rows of architecture `llama` stand in the order of interleaved RoPE.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ CHUNK_ELEMENTS = 1 << 22  # dequantized at a time; the library needs several arr
 
 
 class QuantizedTensor(LazyTensor):
-    """A matrix in blocks of a quantized GGML type, float32 once read. Slices of columns read their whole rows."""
+    """A matrix in blocks of a quantized GGML type, float32 once read: `block` weights of a row each."""
 
     def __init__(
         self,
@@ -34,21 +34,26 @@ class QuantizedTensor(LazyTensor):
         offset: int,
         shape: tuple[int, ...],
         row_bytes: int,
+        block: int,
         dequantize: Callable[[np.ndarray], np.ndarray],
     ) -> None:
         super().__init__(shape, torch.float32)
-        self.file, self.offset, self.row_bytes, self.dequantize = file, offset, row_bytes, dequantize
+        self.blocks = FileTensor(file, offset, (shape[0], row_bytes), torch.uint8)
+        self.block, self.block_bytes = block, row_bytes * block // shape[1]
+        self.dequantize = dequantize
 
     def read(self, bounds: Bounds) -> torch.Tensor:
         (top, bottom), (left, right) = bounds
         result = torch.empty(bottom - top, right - left)
+        first, last = left // self.block, -(-right // self.block)
         step = max(1, CHUNK_ELEMENTS // self.shape[1])
         for row in range(top, bottom, step):
             rows = min(step, bottom - row)
-            blocks = self.file.read_tensor(self.offset + row * self.row_bytes, (rows, self.row_bytes), torch.uint8)
+            blocks = self.blocks[row : row + rows, first * self.block_bytes : last * self.block_bytes]
             with np.errstate(all="ignore"):  # scales of a damaged file may be infinite
                 whole = torch.from_numpy(self.dequantize(blocks.numpy()))
-            result[row - top : row - top + rows] = whole[:, left:right]
+            start = first * self.block
+            result[row - top : row - top + rows] = whole[:, left - start : right - start]
         return result
 
 
@@ -111,7 +116,7 @@ def _quantized(file: RandomAccessFile, name: str, place: TensorPlace) -> tuple[Q
             f"{file.path}: tensor {name!r} of shape {list(place.shape)} is no matrix of {kind.name} blocks of {block}"
         )
     row_bytes = place.shape[1] // block * block_bytes
-    return QuantizedTensor(file, place.offset, place.shape, row_bytes, dequantize), place.shape[0] * row_bytes
+    return QuantizedTensor(file, place.offset, place.shape, row_bytes, block, dequantize), place.shape[0] * row_bytes
 
 
 def _library(path: Path) -> ModuleType:

@@ -61,7 +61,8 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
 
 
 class StridedTensor(LazyTensor):
-    """A tensor whose elements do not lie row by row: a transposed view, say. Reads all of it, then slices."""
+    """A tensor whose elements do not lie row by row: a transposed view, say. Reads from the first to the last element
+    of a slice."""
 
     def __init__(
         self,
@@ -75,10 +76,13 @@ class StridedTensor(LazyTensor):
         self.file, self.offset, self.strides = file, offset, tuple(strides)
 
     def read(self, bounds: Bounds) -> torch.Tensor:
-        span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-        elements = self.file.read_tensor(self.offset, (span,), self.dtype)
-        whole = elements.as_strided(self.shape, self.strides)
-        return whole[tuple(slice(*bound) for bound in bounds)].clone(memory_format=torch.contiguous_format)
+        shape = [stop - start for start, stop in bounds]
+        if 0 in shape:
+            return torch.empty(shape, dtype=self.dtype)
+        first = sum(start * stride for (start, _), stride in zip(bounds, self.strides, strict=True))
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, self.strides, strict=True))
+        elements = self.file.read_tensor(self.offset + first * self.dtype.itemsize, (span,), self.dtype)
+        return elements.as_strided(shape, self.strides).clone(memory_format=torch.contiguous_format)
 
 
 def _records(file: RandomAccessFile) -> dict[int, int]:

@@ -41,6 +41,11 @@ def linear_add(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
     return reference.linear_add(x, linear, residual)
 
 
+def partial_linear(x: Tensor, linear: nn.Module) -> Tensor:
+    """See `reference.partial_linear`."""
+    return reference.partial_linear(x, linear)
+
+
 def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:
     """See `reference.norm_swiglu`."""
     if isinstance(gate_up, nn.Linear) and _fits(x, gate_up.weight):

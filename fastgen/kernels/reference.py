@@ -1,7 +1,7 @@
 """The stages of a transformer block in plain torch: what each computes, defined once.
 
 These functions are the definition, the CPU path, what torch.compile fuses, and what tests and benchmarks compare
-the kernels beside them with. A model is handed its stages as a namespace with these seven names, so another file
+the kernels beside them with. A model is handed its stages as a namespace with these names, so another file
 (`fused`, or tensor parallelism's) can stand in for this one.
 
 Letters: B rows (texts), T new tokens of each, L filled cache positions, S cache capacity; D model width, H query
@@ -56,6 +56,11 @@ def norm_linear(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
 def linear_add(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
     """Return residual + linear(x): x [B, T, in], residual [B, T, D] -> [B, T, D]."""
     return residual + linear(x)
+
+
+def partial_linear(x: Tensor, linear: nn.Module) -> Tensor:
+    """Return linear(x) as a part of a sum over ranks, x [B, T, in] -> [B, T, D]; kernels may give it in fp32."""
+    return linear(x)
 
 
 def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:
