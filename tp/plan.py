@@ -41,6 +41,9 @@ Span = tuple[int, int]
 BLOCKS = (128, 64, 32, 16, 8, 4, 2, 1)
 """Hidden units, or tokens, that stay together where they can: kernels like whole tiles."""
 
+CPU_BLOCK = 64
+"""Columns that `quantize.cpu` takes at a time."""
+
 MOST_RANKS = 1024
 
 
@@ -197,7 +200,12 @@ def _hidden_block(config: ModelConfig, formats: Mapping[str, WeightFormat], worl
         for name, weight_format in formats.items()
         if name.endswith(".w_down") and weight_format.group_size
     }
-    return max(groups) if groups else block_of(config.hidden_dim, world)  # each divides the largest: powers of two
+    if not groups:
+        return block_of(config.hidden_dim, world)
+    block = max(groups)  # powers of two: each divides the largest
+    while block < CPU_BLOCK and config.hidden_dim % (2 * block) == 0 and config.hidden_dim // (2 * block) >= world:
+        block *= 2
+    return block
 
 
 def length(span: Span) -> int:
