@@ -1,7 +1,7 @@
 """One of the processes that run the cases of `tests.sharded` over gloo: python -m tests.rank_worker RANK JOBS FOLDER.
 
-Processes are dear to start, so the same ones form groups of several sizes, one after the other. JOBS is a JSON object of
-group sizes and the names of the cases that run on so many; every rank writes what it computed to FOLDER.
+Processes are dear to start, so the same ones form groups of several sizes, one after the other. JOBS is a JSON object
+of group sizes and the names of the cases that run on so many; every rank writes what it computed to FOLDER.
 """
 
 import json

@@ -87,6 +87,7 @@ import torch
 from fastgen.checkpoint.detect import open_checkpoint
 from fastgen.device import choose_placement
 from fastgen.load import build
+from fastgen.model import Transformer
 from tp.plan import make_plan
 
 def memory(field):
@@ -95,6 +96,8 @@ def memory(field):
 
 checkpoint = open_checkpoint(Path(sys.argv[1]))
 plan = make_plan(checkpoint.config, {}, 4, 1)
+with torch.device("meta"):
+    Transformer(plan.local())  # imports what this takes
 Path("/proc/self/clear_refs").write_text("5")
 before = memory("VmRSS")
 model = build(checkpoint.config, checkpoint.tensors, choose_placement("cpu", "fp16"), plan=plan)
