@@ -38,7 +38,7 @@ class Scheme:
     def formats(self, config: ModelConfig) -> dict[str, WeightFormat]:
         """Return the formats of the linears that are quantized, by our names.
 
-        Raises `UsageError` for a rule of `keep` that is no rule or names nothing.
+        Raises `UsageError` for a rule of `keep` that is no rule or names nothing, and for groups that nothing has.
         """
         wanted = dict.fromkeys(linear_parts(config, HF), self.quant) | {"lm_head": "int8"}
         for pattern, value in self._rules():
@@ -49,6 +49,10 @@ class Scheme:
                     f"{', '.join(name for name in linear_columns(config) if name != 'lm_head')}"
                 )
             wanted |= dict.fromkeys(names, value)
+        if set(wanted.values()) == {PLAIN}:
+            raise UsageError(f"--keep {self.keep}: leaves nothing to quantize")
+        if "int4" not in wanted.values() and self.group_size != Scheme.group_size:
+            raise UsageError(f"--group-size {self.group_size}: only int4 has groups, and nothing is int4 here")
         return {name: self._format(name, value, config) for name, value in wanted.items() if value != PLAIN}
 
     def _format(self, name: str, value: str, config: ModelConfig) -> WeightFormat:

@@ -27,6 +27,12 @@ def test_int4_keeps_the_head_in_int8_and_fits_groups_to_widths() -> None:
     assert formats["layers.0.wo"].group_size == 64
 
 
+def test_a_rule_may_give_int8_a_few_groups() -> None:
+    formats = Scheme(quant="int8", group_size=32, symmetric=True, keep="w_down=int4").formats(CONFIG)
+    assert formats["layers.1.w_down"] == WeightFormat(bits=4, group_size=32, symmetric=True)
+    assert formats["layers.1.wo"] == INT8
+
+
 def test_rules_apply_in_their_order_to_names_and_parts_of_names() -> None:
     formats = Scheme(quant="int4", keep="lm_head=bf16, layers.0=int8,w_down=int8,layers.*.wo=bf16").formats(CONFIG)
     assert "lm_head" not in formats
@@ -43,6 +49,8 @@ def test_rules_apply_in_their_order_to_names_and_parts_of_names() -> None:
         ({"quant": "int4", "keep": "layers.9=bf16"}, "layers.9"),
         ({"quant": "int4", "keep": "lm_head"}, "NAME=FORMAT"),
         ({"quant": "int4", "keep": "lm_head=int3"}, "int3"),
+        ({"quant": "int4", "keep": "*=bf16"}, "nothing to quantize"),
+        ({"quant": "int8", "group_size": 64}, "only int4 has groups"),
         ({"quant": "q8_0"}, "q8_0"),
         ({"quant": "int4", "group_size": 48}, "48"),
     ],
