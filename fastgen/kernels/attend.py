@@ -27,6 +27,7 @@ from fastgen.kernels import launch
 
 ROWS = 16  # rows of a program, the smallest tile of the tensor cores
 TILE = 64  # positions
+CHUNK = 4  # tiles that a program takes in a row
 WARPS = 8
 REGISTERS = 168  # a thread; what is left lets the next kernel copy its first weights meanwhile
 
@@ -64,8 +65,9 @@ def attend(
     attend_kernel[(cells, splits)](
         qkv.contiguous(), k_cache, v_cache, positions.contiguous(), rope.contiguous(), q_norm, k_norm,
         out, partial, launch.workspace(qkv.device), eps, scale * 1.4426950408889634, window, T, S,
-        K=K, G=H // K, D=d, HALF=max(16, launch.next_power_of_two(d // 2)), ROWS=ROWS, TILE=TILE, SPLITS=splits,
-        NORM=q_norm is not None, PDL=bool(dependent), num_warps=WARPS, num_stages=1, maxnreg=REGISTERS, **dependent,
+        K=K, G=H // K, D=d, HALF=max(16, launch.next_power_of_two(d // 2)), ROWS=ROWS, TILE=TILE, CHUNK=CHUNK,
+        SPLITS=splits, NORM=q_norm is not None, PDL=bool(dependent), num_warps=WARPS, num_stages=1,
+        maxnreg=REGISTERS, **dependent,
     )  # fmt: skip
     return out
 
@@ -83,21 +85,24 @@ def _(
 def attend_kernel(  # noqa: PLR0915
     qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, out, partial, tickets, eps, scale, window, T, S,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (B K groups, SPLITS); partial holds SPLITS x ROWS x (D values, maximum, sum) fp32 a cell; tickets are 0."""
     cell, share = tl.program_id(0), tl.program_id(1)
     groups = tl.cdiv(T * G, ROWS)
     group, head, text = cell % groups, (cell // groups) % K, cell // (groups * K)
     begin = tl.load(positions + text * T).to(tl.int32)  # position of the first new token
-    lowest = tl.maximum(begin - window + 1, 0) // TILE if window > 0 else 0
-    last = (begin + T - 1) // TILE
-    tile = lowest + (share - lowest % SPLITS + SPLITS) % SPLITS
+    lowest = tl.maximum(begin - window + 1, 0) // (TILE * CHUNK) if window > 0 else 0
+    last_tile = (begin + T - 1) // TILE
+    last = last_tile // CHUNK
+    chunk = lowest + (share - lowest % SPLITS + SPLITS) % SPLITS
     cache = (text * K + head).to(tl.int64) * S * D
     if PDL:
         gdc_launch_dependents()
-    if tile > last:
+    if chunk > last:
         return
+    rounds = (last - chunk) // SPLITS  # chunks behind the first
+    rounds = rounds * CHUNK + tl.minimum(CHUNK, last_tile + 1 - (chunk + rounds * SPLITS) * CHUNK)
     half = tl.arange(0, HALF)
     row = group * ROWS + tl.arange(0, ROWS)
     row_token = tl.minimum(row // G, T - 1)
@@ -105,12 +110,15 @@ def attend_kernel(  # noqa: PLR0915
     in_half = (half < D // 2)[None, :]
     cos = tl.load(turn, mask=in_half, other=0.0)
     sin = tl.load(turn + D // 2, mask=in_half, other=0.0)
+    next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, chunk * CHUNK, begin, half, D, TILE)
     if PDL:
+        for ahead in tl.static_range(1, CHUNK):
+            _prefetch(k_cache + cache, chunk * CHUNK + ahead, begin, D, TILE)
+            _prefetch(v_cache + cache, chunk * CHUNK + ahead, begin, D, TILE)
         gdc_wait()
 
     stride = (G * K + 2 * K) * D
     source = qkv + text.to(tl.int64) * T * stride
-    next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, tile, begin, half, D, TILE)
     q_at = source + (row_token * stride + (head * G + row % G) * D)[:, None] + half[None, :]
     q1, q2 = _turned_head(q_at, cos, sin, (row < T * G)[:, None] & in_half, q_norm, half, eps, D, NORM)
     position = begin + row_token
@@ -118,11 +126,17 @@ def attend_kernel(  # noqa: PLR0915
     sums = tl.zeros([ROWS], tl.float32)
     y1 = tl.zeros([ROWS, HALF], tl.float32)
     y2 = tl.zeros([ROWS, HALF], tl.float32)
-    for t in range(tile, last + 1, SPLITS):
+    for i in range(rounds):
+        t = (chunk + i // CHUNK * SPLITS) * CHUNK + i % CHUNK
+        following = (chunk + (i + 1) // CHUNK * SPLITS) * CHUNK + (i + 1) % CHUNK
         key = t * TILE + tl.arange(0, TILE)
         at = cache + key.to(tl.int64)[:, None] * D + half[None, :]
         k1, k2, v1, v2 = next_k1, next_k2, next_v1, next_v2
-        next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, t + SPLITS, begin, half, D, TILE)
+        next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, following, begin, half, D, TILE)
+        if PDL:
+            distant = (chunk + (i + CHUNK) // CHUNK * SPLITS) * CHUNK + (i + CHUNK) % CHUNK
+            _prefetch(k_cache + cache, distant, begin, D, TILE)
+            _prefetch(v_cache + cache, distant, begin, D, TILE)
         if t * TILE + TILE > begin:
             token = tl.minimum(tl.maximum(key - begin, 0), T - 1)
             new = ((key >= begin) & (key < begin + T))[:, None] & in_half
@@ -187,6 +201,18 @@ def _cached_tile(k_cache, v_cache, cache, tile, begin, half, D: tl.constexpr, TI
         tl.load(k_cache + at, mask=old, other=0.0), tl.load(k_cache + at + D // 2, mask=old, other=0.0),
         tl.load(v_cache + at, mask=old, other=0.0), tl.load(v_cache + at + D // 2, mask=old, other=0.0),
     )  # fmt: skip
+
+
+@triton.jit
+def _prefetch(cached, tile, begin, D: tl.constexpr, TILE: tl.constexpr):
+    """Ask for what the cache of a head holds of a tile to be brought into L2, in lines of 128 bytes."""
+    LINES: tl.constexpr = TILE * D // 64
+    ROUNDED: tl.constexpr = triton.next_power_of_2(LINES)
+    end = begin * D
+    at = tile * (TILE * D) + tl.minimum(tl.arange(0, ROUNDED), LINES - 1) * 64
+    if tile * TILE < begin:
+        address = (cached + tl.minimum(at, end - 1)).to(tl.int64)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [address], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

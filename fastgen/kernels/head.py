@@ -19,7 +19,7 @@ from fastgen.kernels.product import stream_product
 def head(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return logits [.., V] fp32 for x [.., D], norm [D], weight [V, D], bias [V], all fp16 or all bf16."""
     out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32, device=x.device)
-    norm_linear.run(x, norm, eps, weight, bias, out)
+    norm_linear.run("head", x, norm, eps, weight, bias, out)
     return out
 
 
@@ -33,7 +33,7 @@ def greedy_head(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
     """Return the tokens [..] int64 of the largest logits for x [.., D]; -1 where there is none."""
     n, width = weight.shape
     tokens = x.numel() // width
-    shape = launch.choose(x.device, "norm", tokens)
+    shape = launch.choose(x.device, "head", weight.shape[0], width, tokens)
     options = launch.dependent_launch(x.device)
     blocks = triton.cdiv(n, shape.rows)
     best = torch.empty(tokens, blocks, dtype=torch.float32, device=x.device)
@@ -41,9 +41,9 @@ def greedy_head(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
     out = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     greedy_head_kernel[(launch.programs(x.device, shape, blocks),)](
         x.contiguous(), norm, weight, bias, best, ids, tokens, n, eps,
-        K=width, ROWS=shape.rows, SPLITS=launch.SPLITS, BLOCK=launch.block_size(width),
+        K=width, ROWS=shape.rows, SPLITS=shape.splits, BLOCK=shape.block,
         TOKENS=launch.next_power_of_two(tokens), SCALE_FIRST=x.dtype is torch.float16, PDL=bool(options),
-        EARLY=shape.early, STAGES=shape.stages, num_warps=launch.SPLITS, **options,
+        EARLY=shape.early, STAGES=shape.stages, num_warps=shape.splits, **options,
     )  # fmt: skip
     pick_token_kernel[(tokens,)](best, ids, out, blocks, WIDTH=1024, PDL=bool(options), num_warps=4, **options)
     return out
@@ -54,7 +54,7 @@ def _(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) 
     return torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def greedy_head_kernel(
     x, norm, weight, bias, best, ids, tokens, n, eps, K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, TOKENS: tl.constexpr, SCALE_FIRST: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,

@@ -21,47 +21,51 @@ class Shape(NamedTuple):
     """Launch shape of `product.stream_product`.
 
     Attributes:
+        splits: warps that share a tile of K; with `block` it is the order of every sum along K.
+        block: what each warp takes of a tile, less where the input is narrow.
         rows: rows of the weight in a block.
         stages: depth of the pipeline of copies; shared memory holds stages - 1 tiles of the weight or more.
         per_processor: programs on each multiprocessor.
         early: copy the first weights before waiting for the kernel ahead; else activations are pipelined too.
     """
 
+    splits: int
+    block: int
     rows: int
     stages: int
     per_processor: int
     early: bool
 
 
-SPLITS, BLOCK = 4, 128
-"""Warps that share a tile of K, and what each takes of it: the order of every sum along K."""
+Shapes = tuple[Shape, Shape, Shape]
+"""For 1, up to 8, and up to 16 tokens. `splits` and `block` are the same in all three."""
 
-DEFAULT = (Shape(16, 4, 2, True), Shape(16, 4, 2, True), Shape(16, 3, 2, False))
-"""For 1 and 2, up to 8, and up to 16 tokens, on GPUs that nobody has tuned for."""
+DEFAULT: Shapes = (Shape(4, 128, 16, 4, 2, True), Shape(4, 128, 16, 4, 2, True), Shape(4, 128, 16, 3, 2, False))
+"""On GPUs that nobody has tuned for."""
 
-SHAPES: dict[str, dict[str, tuple[Shape, Shape, Shape]]] = {
+_NORMED: Shapes = (Shape(4, 128, 16, 6, 2, True), Shape(4, 128, 64, 3, 1, False), Shape(4, 128, 64, 3, 1, False))
+
+SHAPES: dict[str, dict[str, Shapes]] = {
     "NVIDIA H200": {
-        "norm": (Shape(16, 6, 2, True), Shape(64, 3, 1, False), Shape(64, 3, 1, False)),
-        "plain": (Shape(16, 6, 2, True), Shape(32, 4, 2, False), Shape(32, 4, 1, False)),
+        "norm_linear": _NORMED,
+        "norm_swiglu": _NORMED,
+        "linear_add": (Shape(4, 128, 16, 6, 2, True), Shape(4, 128, 32, 4, 2, False), Shape(4, 128, 32, 4, 1, False)),
+        "head": _NORMED,
     },
 }
-"""Shapes by GPU and by whether the input is normalized."""
+"""Shapes by GPU and stage."""
 
 
-def choose(device: torch.device, kind: str, tokens: int) -> Shape:
-    """Return the shape for `tokens` tokens; `kind` is "norm" or "plain"."""
-    shapes = SHAPES.get(_name(device), {}).get(kind, DEFAULT)
-    return shapes[0 if tokens <= 2 else 1 if tokens <= 8 else 2]
+def choose(device: torch.device, stage: str, n: int, width: int, tokens: int) -> Shape:
+    """Return the shape in which a stage multiplies [n, width] weights with `tokens` tokens."""
+    shapes = SHAPES.get(_name(device), {}).get(stage, DEFAULT)
+    shape = shapes[0 if tokens == 1 else 1 if tokens <= 8 else 2]
+    return shape._replace(block=max(16, min(shape.block, next_power_of_two(width) // shape.splits)))
 
 
 def programs(device: torch.device, shape: Shape, blocks: int) -> int:
     """Return the size of the grid for `blocks` row blocks."""
     return min(blocks, shape.per_processor * _processors(device))
-
-
-def block_size(width: int) -> int:
-    """Return what a warp takes of a tile of K, less than BLOCK where the input is narrow."""
-    return max(16, min(BLOCK, next_power_of_two(width) // SPLITS))
 
 
 def dependent_launch(device: torch.device) -> dict[str, bool]:

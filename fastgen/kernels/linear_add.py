@@ -18,14 +18,14 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
     n, width = weight.shape
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     tokens = x.numel() // width
-    shape = launch.choose(x.device, "plain", tokens)
+    shape = launch.choose(x.device, "linear_add", weight.shape[0], width, tokens)
     options = launch.dependent_launch(x.device)
     grid = (launch.programs(x.device, shape, triton.cdiv(n, shape.rows)),)
     linear_add_kernel[grid](
         x.contiguous(), weight, bias, residual.contiguous(), out, tokens, n,
-        K=width, ROWS=shape.rows, SPLITS=launch.SPLITS, BLOCK=launch.block_size(width),
+        K=width, ROWS=shape.rows, SPLITS=shape.splits, BLOCK=shape.block,
         TOKENS=launch.next_power_of_two(tokens), PDL=bool(options), EARLY=shape.early, STAGES=shape.stages,
-        num_warps=launch.SPLITS, **options,
+        num_warps=shape.splits, **options,
     )  # fmt: skip
     return out
 
@@ -35,7 +35,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tenso
     return torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def linear_add_kernel(
     x, weight, bias, residual, out, tokens, n, K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr,

@@ -16,7 +16,7 @@ from fastgen.kernels.product import store_rows, stream_product
 def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return [.., N] in x's dtype for x [.., K], norm [K], weight [N, K], bias [N], all fp16 or all bf16."""
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    run(x, norm, eps, weight, bias, out)
+    run("norm_linear", x, norm, eps, weight, bias, out)
     return out
 
 
@@ -25,22 +25,22 @@ def _(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) 
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def run(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Launch the kernel; `out` [.., N] may be wider than x (the head's fp32 logits)."""
+def run(stage: str, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Launch the kernel in a stage's shape; `out` [.., N] may be wider than x (the head's fp32 logits)."""
     n, width = weight.shape
     tokens = x.numel() // width
-    shape = launch.choose(x.device, "norm", tokens)
+    shape = launch.choose(x.device, stage, weight.shape[0], width, tokens)
     options = launch.dependent_launch(x.device)
     grid = (launch.programs(x.device, shape, triton.cdiv(n, shape.rows)),)
     norm_linear_kernel[grid](
         x.contiguous(), norm, weight, bias, out, tokens, n, eps,
-        K=width, ROWS=shape.rows, SPLITS=launch.SPLITS, BLOCK=launch.block_size(width),
+        K=width, ROWS=shape.rows, SPLITS=shape.splits, BLOCK=shape.block,
         TOKENS=launch.next_power_of_two(tokens), SCALE_FIRST=x.dtype is torch.float16, PDL=bool(options),
-        EARLY=shape.early, STAGES=shape.stages, num_warps=launch.SPLITS, **options,
+        EARLY=shape.early, STAGES=shape.stages, num_warps=shape.splits, **options,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def norm_linear_kernel(
     x, norm, weight, bias, out, tokens, n, eps, K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, TOKENS: tl.constexpr, SCALE_FIRST: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,

@@ -19,14 +19,14 @@ def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
     n, width = weight.shape[0] // 2, weight.shape[1]
     out = x.new_empty(*x.shape[:-1], n)
     tokens = x.numel() // width
-    shape = launch.choose(x.device, "norm", tokens)
+    shape = launch.choose(x.device, "norm_swiglu", weight.shape[0], width, tokens)
     options = launch.dependent_launch(x.device)
     grid = (launch.programs(x.device, shape, triton.cdiv(n, shape.rows // 2)),)
     norm_swiglu_kernel[grid](
         x.contiguous(), norm, weight, bias, out, tokens, n, eps,
-        K=width, ROWS=shape.rows, SPLITS=launch.SPLITS, BLOCK=launch.block_size(width),
+        K=width, ROWS=shape.rows, SPLITS=shape.splits, BLOCK=shape.block,
         TOKENS=launch.next_power_of_two(tokens), SCALE_FIRST=x.dtype is torch.float16, PDL=bool(options),
-        EARLY=shape.early, STAGES=shape.stages, num_warps=launch.SPLITS, **options,
+        EARLY=shape.early, STAGES=shape.stages, num_warps=shape.splits, **options,
     )  # fmt: skip
     return out
 
@@ -36,7 +36,7 @@ def _(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) 
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def norm_swiglu_kernel(
     x, norm, weight, bias, out, tokens, n, eps, K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, TOKENS: tl.constexpr, SCALE_FIRST: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,

@@ -10,12 +10,14 @@ memory never idles, not within a kernel and not between two.
   kernel ahead of it. The pipeliner puts the first copies in front of the loop, and the wait stands inside the
   loop's first round. The activations are what the kernel ahead wrote, so they may not run ahead with the
   weights: the pipeliner leaves a branch as it is, hence the one, always taken, that holds the wait and their
-  load (EARLY). The tests look for this order in the compiled kernels.
+  load (EARLY). Triton must not know that it is always taken: `tokens` is not to be specialized. They are loaded a
+  tile ahead, as words of two: unpacking right behind the load would wait for it.
 - A tile of K is cut into SPLITS parts, one a warp, as the batch of a batched `tl.dot`: mma.m16n8k16 with the tokens
   as its 8 columns (16 from 9 tokens on; fewer are repeated). A product's bits therefore depend on SPLITS and BLOCK
   alone, not on the number of tokens or on ROWS: a token that is verified among others gives what it gives alone.
 - RMSNorm is applied to the sums: sum(w g x) * scale, with the squares summed along the way. fp16 could overflow
-  there, so it scales first, for one more pass over x.
+  there, so it scales first, for one more pass over x. The order in which the squares are summed follows the
+  layout, and so the number of tokens; fp64, in which squares of bf16 are exact, makes their sum the same.
 
 Letters: T tokens, N rows of the output, K width of the input; B row block, G programs.
 Sources: programmatic dependent launch, CUDA C++ Programming Guide, "Programmatic Dependent Launch and
@@ -46,7 +48,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
     # Columns beyond the tokens repeat them: in registers where there is arithmetic to save, else in the load.
     LOADED: tl.constexpr = TOKENS if NORM else COLUMNS
     SPAN: tl.constexpr = ROWS // 2 if PAIRED else ROWS
-    HOISTED: tl.constexpr = PDL and EARLY and not SCALE_FIRST
+    HOISTED: tl.constexpr = PDL and EARLY and not SCALE_FIRST and K % 2 == 0
     first, step = tl.program_id(0), tl.num_programs(0)
     rounds = ((tl.cdiv(n, SPAN) - first + step - 1) // step) * TILES
     row = tl.arange(0, ROWS)
@@ -61,7 +63,9 @@ def stream_product(  # noqa: PLR0912, PLR0915
     if SCALE_FIRST:
         scale = rms_scale(x, token, tokens, eps, K, TILE, TOKENS)
     total = tl.zeros([SPLITS, ROWS, COLUMNS], tl.float32)
-    squares = tl.zeros([TOKENS, TILE // 8], tl.float32)
+    squares = tl.zeros([TOKENS, TILE // 8], tl.float64)
+    factor = tl.zeros([TOKENS], tl.float32)
+    ahead = tl.zeros([LOADED, TILE // 2], tl.int32)
     for i in tl.range(0, rounds, num_stages=STAGES):
         tile = i % TILES
         block = first + (i // TILES) * step
@@ -69,23 +73,24 @@ def stream_product(  # noqa: PLR0912, PLR0915
         rows = tl.minimum(block * SPAN + row % SPAN, n - 1) + (row // SPAN) * n
         w_at = weight + rows.to(tl.int64)[None, :, None] * K + (start + split_k)
         w = tl.load(w_at, mask=split_k < K - start, other=0.0, eviction_policy="evict_first")
-        here = (token < tokens)[:, None] & (k < K - start)[None, :]
-        x_at = x + token[:, None] * K + (start + k)[None, :]
         if HOISTED:
             if tokens > 0:
                 if i == 0:
                     gdc_wait()
-                part = tl.load(x_at, mask=here, other=0.0)
+                    ahead = _load_words(x, token, tokens, 0, K, TILE)
+                part = _unpack(ahead, x.dtype.element_ty)
+                ahead = _load_words(x, token, tokens, ((i + 1) % TILES) * TILE, K, TILE)
             else:
                 part = tl.zeros([LOADED, TILE], x.dtype.element_ty)
         else:
-            part = tl.load(x_at, mask=here, other=0.0)
+            here = (token < tokens)[:, None] & (k < K - start)[None, :]
+            part = tl.load(x + token[:, None] * K + (start + k)[None, :], mask=here, other=0.0)
         if NORM:
             wide = part.to(tl.float32)
             if SCALE_FIRST:
                 wide *= scale[:, None]
-            else:
-                squares += tl.sum(tl.reshape(wide * wide, [TOKENS, TILE // 8, 8]), axis=2)
+            elif i < TILES:
+                squares += tl.sum(tl.reshape((wide * wide).to(tl.float64), [TOKENS, TILE // 8, 8]), axis=2)
             gain = tl.load(norm + start + k, mask=k < K - start, other=0.0).to(tl.float32)
             part = (wide * gain[None, :]).to(part.dtype)
         operand = tl.permute(tl.reshape(part, [LOADED, SPLITS, BLOCK]), (1, 2, 0))
@@ -96,26 +101,43 @@ def stream_product(  # noqa: PLR0912, PLR0915
         if tile == TILES - 1:
             y = tl.sum(total, axis=0)
             if NORM and not SCALE_FIRST:
-                factor = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
+                if i < TILES:
+                    factor = tl.rsqrt((tl.sum(squares, axis=1) / K).to(tl.float32) + eps)
+                scale = factor
                 if TOKENS < COLUMNS:
-                    factor = tl.broadcast_to(factor[None, :], [COLUMNS // TOKENS, TOKENS])
-                    factor = tl.reshape(factor, [COLUMNS])
-                y *= factor[None, :]
+                    scale = tl.broadcast_to(scale[None, :], [COLUMNS // TOKENS, TOKENS])
+                    scale = tl.reshape(scale, [COLUMNS])
+                y *= scale[None, :]
             finish(y, block, column, tokens, n, extra)
             total = tl.zeros([SPLITS, ROWS, COLUMNS], tl.float32)
-            squares = tl.zeros([TOKENS, TILE // 8], tl.float32)
+
+
+@triton.jit
+def _load_words(x, token, tokens, start, K: tl.constexpr, TILE: tl.constexpr):
+    """Load x[token, start : start + TILE] as words of two values; K is even."""
+    pair = start // 2 + tl.arange(0, TILE // 2)
+    here = (token < tokens)[:, None] & (pair < K // 2)[None, :]
+    at = x.to(tl.pointer_type(tl.int32)) + token[:, None] * (K // 2) + pair[None, :]
+    return tl.load(at, mask=here, other=0)
+
+
+@triton.jit
+def _unpack(words, dtype: tl.constexpr):
+    low = (words & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.reshape(tl.join(low, high), [words.shape[0], 2 * words.shape[1]])
 
 
 @triton.jit
 def rms_scale(x, token, tokens, eps, K: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr):
     """Return 1 / rms of every row of x [tokens, K] as fp32 [TOKENS]."""
     k = tl.arange(0, TILE)
-    squares = tl.zeros([TOKENS, TILE // 8], tl.float32)
+    squares = tl.zeros([TOKENS, TILE // 8], tl.float64)
     for start in range(0, K, TILE):
         here = (token < tokens)[:, None] & (k < K - start)[None, :]
         wide = tl.load(x + token[:, None] * K + (start + k)[None, :], mask=here, other=0.0).to(tl.float32)
-        squares += tl.sum(tl.reshape(wide * wide, [TOKENS, TILE // 8, 8]), axis=2)
-    return tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
+        squares += tl.sum(tl.reshape((wide * wide).to(tl.float64), [TOKENS, TILE // 8, 8]), axis=2)
+    return tl.rsqrt((tl.sum(squares, axis=1) / K).to(tl.float32) + eps)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ error that PyTorch makes in the kernel's dtype.
 """
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -70,10 +71,15 @@ def assert_as_good_as(actual: Tensor, torch_result: Tensor, exact: Tensor, name:
 
 
 def compile_ahead(
-    kernel: Any, capability: int, arguments: dict[str, str], constants: dict[str, Any], *, warps: int = 4
-) -> str:
-    """Compile a kernel for a GPU that need not be there; return its TTGIR (Triton's IR, after pipelining)."""
-    signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
+    kernel: Any, capability: int, arguments: dict[str, str], constants: dict[str, Any], *, warps: int = 4,
+    ones: tuple[str, ...] = (),
+) -> str:  # fmt: skip
+    """Compile a kernel for a GPU that need not be there; return its TTGIR (Triton's IR, after pipelining).
+
+    `ones` are arguments that are 1 at the launch, which Triton makes constants unless it is told not to.
+    """
+    constants = constants | {p.name: 1 for p in kernel.params if p.name in ones and not p.do_not_specialize}
+    signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if signature[name].startswith("*")
     }
@@ -92,6 +98,11 @@ def assert_waits_between(ttgir: str) -> None:
     loads = [n for n, line in enumerate(lines) if "tt.load" in line]
     assert copies and copies[0] < wait, "no weights are copied before the wait"
     assert loads and wait < loads[0], "something is read before the wait that may not be written yet"
+
+
+def assert_one_order(ttgir: str) -> None:
+    """The tensor cores take K in the same order however x was loaded."""
+    assert set(re.findall("kWidth = [0-9]+", ttgir)) == {"kWidth = 2"}
 
 
 def poisoned(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

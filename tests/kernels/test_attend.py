@@ -128,7 +128,7 @@ def test_compiles_in_one_graph_and_passes_opcheck() -> None:
 @pytest.mark.parametrize(("d", "group"), [(128, 1), (64, 4)])
 def test_compiles_without_a_gpu(d: int, group: int, capability: int, pdl: bool) -> None:
     constants = {
-        "q_norm": None, "k_norm": None, "K": 8, "G": group, "D": d, "HALF": d // 2, "ROWS": 16, "TILE": 64,
+        "q_norm": None, "k_norm": None, "K": 8, "G": group, "D": d, "HALF": d // 2, "ROWS": 16, "TILE": 64, "CHUNK": 4,
         "SPLITS": 32, "NORM": False, "PDL": pdl,
     }  # fmt: skip
     compile_ahead(attend_kernel, capability, ARGUMENTS, constants)

@@ -65,7 +65,7 @@ def test_compile_in_one_graph_and_pass_opcheck() -> None:
 @pytest.mark.parametrize(("capability", "pdl"), support.TARGETS)
 def test_compile_without_a_gpu(capability: int, pdl: bool) -> None:
     constants = CONSTANTS | {"TOKENS": 1, "PDL": pdl, "EARLY": True}
-    ttgir = compile_ahead(greedy_head_kernel, capability, ARGUMENTS, constants)
+    ttgir = compile_ahead(greedy_head_kernel, capability, ARGUMENTS, constants, ones=("tokens",))
     if pdl:
         support.assert_waits_between(ttgir)
     arguments = {"best": "*fp32", "ids": "*i32", "out": "*i64", "blocks": "i32"}
