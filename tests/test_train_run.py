@@ -150,6 +150,8 @@ def test_saved_tokens_replace_nothing_but_tokens(tmp_path: Path) -> None:
         main([*words, "--save-tokens", str(tmp_path / "out")])
     with pytest.raises(ModelFileError, match="too short"):
         main([*words, "--save-tokens", str(tokens), "--context", "4000"])
+    with pytest.raises(UsageError, match="--dtype fp16"):
+        main([*words, "--save-tokens", str(tokens), "--dtype", "fp16"])
     assert not tokens.exists(), "nothing is written before everything was checked"
     write_token_file(tokens, np.arange(3, dtype=np.uint16))
     assert main([*words, "--save-tokens", str(tokens)]) == 0
