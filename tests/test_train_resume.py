@@ -189,25 +189,30 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "moment-gone": (
         lambda out: edit_tensors(out / STATE, lambda tensors: tensors.pop("optimizer.norm.weight.exp_avg_sq")),
-        r"optimizer.norm.weight.exp_avg_sq has the fp32 shape None, expected \(32,\)",
+        r"optimizer.norm.weight.exp_avg_sq is missing, expected torch.float32 \[32\]",
     ),
     "moment-of-another-shape": (
         lambda out: edit_tensors(
             out / STATE, lambda tensors: tensors.update({"optimizer.norm.weight.exp_avg": torch.zeros(31)})
         ),
-        r"optimizer.norm.weight.exp_avg has the fp32 shape \(31,\), expected \(32,\)",
+        r"optimizer.norm.weight.exp_avg is torch.float32 \[31\], expected torch.float32 \[32\]",
     ),
     "moment-of-another-dtype": (
         lambda out: edit_tensors(
             out / STATE, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(32, dtype=torch.int32)})
         ),
-        r"model.norm.weight has the fp32 shape None",
+        r"model.norm.weight is torch.int32 \[32\], expected torch.float32 \[32\]",
     ),
     "tensor-too-many": (
-        lambda out: edit_tensors(out / STATE, lambda tensors: tensors.update({"model.bias": torch.zeros(3)})),
-        r"model.bias has the fp32 shape \(3,\), expected None",
+        lambda out: edit_tensors(
+            out / STATE, lambda tensors: tensors.update({"model.bias": torch.zeros(3, dtype=torch.int8)})
+        ),
+        r"model.bias is torch.int8 \[3\], expected none",
     ),
-    "losses-shortened": (lambda out: edit_json(out / "training.json", shorten), r"after \{2\} steps, .* has 1 losses"),
+    "losses-shortened": (
+        lambda out: edit_json(out / "training.json", shorten),
+        r"after \{2.0\} steps, .* has 1 losses",
+    ),
     "losses-words": (
         lambda out: edit_json(out / "training.json", lambda record: record | {"losses": ["a", "b"]}),
         "losses are no list of numbers",

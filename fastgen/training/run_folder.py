@@ -24,18 +24,12 @@ from fastgen.checkpoint.safetensors_file import read_safetensors
 from fastgen.errors import ModelFileError, UsageError
 from fastgen.json_file import read_json
 from fastgen.staged import staged_folder
-from fastgen.tokenizer import save as tokenizer_files
 from fastgen.training.curve import can_draw, draw_curve
 from fastgen.training.identity import Settings, first_difference
 from fastgen.training.trainer import Trainer, Validation
 from fastgen.training.vocabulary import write_tokenizer
 
 STATE, RECORD, CURVE = "training_state.safetensors", "training.json", "loss.png"
-OURS = (
-    STATE, RECORD, CURVE, manifest.NAME, "config.json", "generation_config.json", "model.safetensors",
-    *tokenizer_files.FILES,
-)  # fmt: skip
-"""What a save may write; nothing else in the folder is touched."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +83,15 @@ class RunFolder:
         self._check_settings(record)
         losses, progress = _read_record(record, self.path / RECORD)
         tensors = read_safetensors(self.path / STATE)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.dtype == torch.float32}
-        wanted = trainer.state_shapes()
-        for name in (*wanted, *tensors):
-            if shapes.get(name) != wanted.get(name):
+        found = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+        wanted = {name: f"{torch.float32} {list(shape)}" for name, shape in trainer.state_shapes().items()}
+        for name in (*wanted, *found):
+            if found.get(name) != wanted.get(name):
                 raise ModelFileError(
-                    f"{self.path / STATE}: {name} has the fp32 shape {shapes.get(name)}, expected {wanted.get(name)}"
+                    f"{self.path / STATE}: {name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'none')}"
                 )
         state = {name: tensor[()] for name, tensor in tensors.items()}
-        steps = {int(tensor) for name, tensor in state.items() if name.endswith(".step")}
+        steps = {tensor.item() for name, tensor in state.items() if name.endswith(".step")}
         if steps != {len(losses)}:
             raise ModelFileError(f"{self.path / STATE}: after {steps} steps, but {RECORD} has {len(losses)} losses")
         trainer.restore(state, losses)
@@ -119,7 +113,7 @@ class RunFolder:
         if not self.path.is_dir():
             return
         for path in self.path.iterdir():
-            if path.name in OURS:
+            if path.name in (STATE, CURVE) or (folder / path.name).exists():
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.copytree(path, folder / path.name, symlinks=True, copy_function=_link)
