@@ -4,7 +4,7 @@
     total = ranks.sum(partial)
 
 Without torchrun there is one rank, and nothing is joined. Collectives are custom ops, so that compiled steps hold them;
-on a CPU they go through gloo, on GPUs through NCCL or, where they are small, `tp.exchange`. Every rank gets the same
+on a CPU they go through gloo, on GPUs through NCCL or, where they are small, `fastgen.kernels.exchange`. Every rank gets the same
 bits: gloo and NCCL form each sum in one place.
 """
 
@@ -14,7 +14,7 @@ import os
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -24,6 +24,9 @@ from torch import Tensor
 from fastgen.errors import RankLostError, UsageError
 from tp.place import Place
 from tp.watch import process_watch
+
+if TYPE_CHECKING:
+    from fastgen.kernels.exchange import Exchange
 
 BACKEND_TIMEOUT = timedelta(days=7)
 """Of gloo and NCCL: it is the watch that knows whether a rank works or stalls."""
@@ -80,12 +83,15 @@ class Ranks:
 
     def sum_add(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return the residual [..] plus the sum of every rank's x [..], in the residual's dtype."""
-        return residual + self.sum(x).to(residual.dtype)
+        return torch.ops.fastgen.rank_sum_add(x, residual)
 
     def gather(self, x: Tensor) -> Tensor:
         """Return every rank's x [..], of any dtype: [world, ..]."""
         return torch.ops.fastgen.rank_gather(x, self.world)
 
+
+EXCHANGED_BYTES = 1 << 20
+"""Up to here latency counts, not bandwidth: 16 tokens of a model 16384 wide, in fp32."""
 
 SINGLE = Ranks(Place())
 """One process, which needs no others."""
@@ -93,6 +99,9 @@ SINGLE = Ranks(Place())
 
 @torch.library.custom_op("fastgen::rank_sum", mutates_args=())
 def _rank_sum(x: Tensor) -> Tensor:
+    small = _exchange_for(x)
+    if small:
+        return small.sum(x, None)
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
@@ -103,8 +112,26 @@ def _(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+@torch.library.custom_op("fastgen::rank_sum_add", mutates_args=())
+def _rank_sum_add(x: Tensor, residual: Tensor) -> Tensor:
+    small = _exchange_for(x)
+    if small:
+        return small.sum(x, residual)
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return residual + total.to(residual.dtype)
+
+
+@_rank_sum_add.register_fake
+def _(x: Tensor, residual: Tensor) -> Tensor:
+    return torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+
+
 @torch.library.custom_op("fastgen::rank_gather", mutates_args=())
 def _rank_gather(x: Tensor, world: int) -> Tensor:
+    small = _exchange_for(x)
+    if small and x.element_size() % 4 == 0:
+        return small.gather(x)
     gathered = torch.empty(world, *x.shape, dtype=x.dtype, device=x.device)
     dist.all_gather(list(gathered.unbind()), x.contiguous())
     return gathered
@@ -113,6 +140,15 @@ def _rank_gather(x: Tensor, world: int) -> Tensor:
 @_rank_gather.register_fake
 def _(x: Tensor, world: int) -> Tensor:
     return torch.empty(world, *x.shape, dtype=x.dtype, device=x.device)
+
+
+def _exchange_for(x: Tensor) -> "Exchange | None":
+    """Return what exchanges so few numbers at once over the GPUs of one host, None where NCCL or gloo does."""
+    if not x.is_cuda or x.numel() * max(4, x.element_size()) > EXCHANGED_BYTES:
+        return None
+    from fastgen.kernels.exchange import exchange  # noqa: PLC0415  (Triton, which CPU builds of torch lack)
+
+    return exchange(x.device)
 
 
 @functools.cache
@@ -146,6 +182,7 @@ def join(device: str | None = None, timeout: float = 60.0) -> tuple[Ranks, str |
         ) from error
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=BACKEND_TIMEOUT)
+    _exchange_for(torch.zeros(1, device=device))
     atexit.register(_part)
     return Ranks(watch.place), device
 
