@@ -4,8 +4,8 @@
     total = ranks.sum(partial)
 
 Without torchrun there is one rank, and nothing is joined. Collectives are custom ops, so that compiled steps hold them;
-on a CPU they go through gloo, on GPUs through NCCL or, where they are small, `fastgen.kernels.exchange`. Every rank gets the same
-bits: gloo and NCCL form each sum in one place.
+on a CPU they go through gloo, on GPUs through NCCL or, where they are small, `fastgen.kernels.exchange`. Every rank
+gets the same bits: gloo and NCCL form each sum in one place.
 """
 
 import atexit
@@ -180,8 +180,11 @@ def join(device: str | None = None, timeout: float = 60.0) -> tuple[Ranks, str |
             f"rank {watch.place.rank} of {watch.place.world}: the others did not join within {timeout:.0f} s: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=BACKEND_TIMEOUT)
+    on_gpu = device.startswith("cuda")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world, timeout=BACKEND_TIMEOUT,
+        device_id=torch.device(device) if on_gpu else None,
+    )  # fmt: skip
     _exchange_for(torch.zeros(1, device=device))
     atexit.register(_part)
     return Ranks(watch.place), device

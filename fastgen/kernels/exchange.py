@@ -42,7 +42,9 @@ class Exchange:
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
         box = symmetric_memory.empty(2 * self.world * CAPACITY, dtype=torch.int64, device=device)
         box.zero_()
-        self._handle = symmetric_memory.rendezvous(box, dist.group.WORLD)  # keeps the others' memory mapped
+        group = dist.group.WORLD
+        assert group is not None, "the ranks have joined"
+        self._handle = symmetric_memory.rendezvous(box, group)  # keeps the others' memory mapped
         self._box = box
         self.boxes = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
         self.calls = torch.zeros(triton.cdiv(CAPACITY, TILE), dtype=torch.int32, device=device)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tests.kernels.support import TARGETS, compile_ahead, compiled_ahead, in_interpreter
 from fastgen.kernels.exchange import exchange_kernel, receive, send
+from tests.kernels.support import TARGETS, compile_ahead, compiled_ahead, in_interpreter
 
 CAPACITY, TILE = 256, 64
 

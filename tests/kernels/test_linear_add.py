@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastgen.kernels import fused, reference
-from fastgen.kernels.linear_add import linear_add, linear_add_kernel
+from fastgen.kernels.linear_add import linear_add, linear_add_kernel, partial_linear
 from tests.kernels import support
 from tests.kernels.support import compile_ahead, compiled_ahead, in_interpreter, on_gpu
 
@@ -44,6 +44,15 @@ def test_a_token_has_the_same_bits_among_others(out: int, width: int) -> None:
 
 
 @on_gpu
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_a_part_of_a_sum_is_not_rounded(tokens: int) -> None:
+    x, linear, _ = stage(4096, 2752, tokens, torch.bfloat16, "cuda", True)
+    actual = support.poisoned(fused.partial_linear, x, linear)
+    assert actual.dtype is torch.float32
+    assert support.distance(actual, reference.partial_linear(x.double(), support.in_fp64(linear))) < 1e-5
+
+
+@on_gpu
 def test_compiles_in_one_graph_and_passes_opcheck() -> None:
     x, linear, residual = stage(512, 256, 3, torch.bfloat16, "cuda", True)
     compiled = torch.compile(lambda x: fused.linear_add(x, linear, residual) * 2, fullgraph=True)
@@ -70,3 +79,11 @@ def test_agrees_with_the_reference_in_the_interpreter(tokens: int, dtype: torch.
     actual = linear_add(x, linear.weight, linear.bias, residual)
     exact = reference.linear_add(x.double(), support.in_fp64(linear), residual.double())
     assert support.distance(actual, exact) < (1e-6 if dtype is torch.float32 else 1e-3)
+
+
+@in_interpreter
+def test_a_part_of_a_sum_agrees_with_the_reference_in_the_interpreter() -> None:
+    x, linear, _ = stage(40, 80, 3, torch.float16, "cpu", True)
+    actual = partial_linear(x, linear.weight, linear.bias)
+    assert actual.dtype is torch.float32
+    assert support.distance(actual, reference.partial_linear(x.double(), support.in_fp64(linear))) < 1e-5

@@ -1,0 +1,149 @@
+"""Small sums over the GPUs of one host: the exchange kernel beside NCCL, checked before it is timed.
+
+    python -m torch.distributed.run --nproc-per-node 4 scripts/bench_exchange.py --output FILE
+
+A CUDA graph holds a chain of sums, each of which needs the one before: what a decode step does between its blocks.
+Every sum is checked against fp64, all ranks must have the same bits, and a thousand replays must give what one gives.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgen.device import describe
+from fastgen.kernels.exchange import Exchange, exchange
+from fastgen.report import versions
+from tp.dist import Ranks, join
+
+SIZES = [(1, 4096), (1, 8192), (4, 4096), (4, 8192), (16, 8192)]  # tokens, width
+CHAIN, REPLAYS = 64, 50
+
+
+def main() -> None:
+    """Check, time, print, and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True)
+    arguments = parser.parse_args()
+    ranks, device = join("cuda")
+    place = torch.device(device or "cuda")
+    shared = exchange(place)
+    assert shared is not None, "these GPUs cannot reach each other"
+    check_sums(shared, ranks, place)
+    check_gathering(shared, ranks, place)
+    check_replays(shared, ranks, place)
+    rows = []
+    for tokens, width in SIZES:
+        x = torch.randn(tokens, width, device=place)
+        narrow = x.bfloat16()
+        row = {
+            "tokens": tokens,
+            "width": width,
+            "exchange_us": microseconds(lambda residual, x=x: shared.sum(x, residual), narrow),
+            "nccl_us": microseconds(lambda residual, narrow=narrow: nccl_sum(narrow, residual), narrow),
+        }
+        rows.append(row)
+        if ranks.leads:
+            print(row, flush=True)
+    if ranks.leads:
+        document = {"world_size": ranks.world, "device": describe(place), "versions": versions(), "checked": True}
+        with open(arguments.output, "w") as file:
+            json.dump(document | {"rows": rows}, file, indent=1)
+    ranks.wait()
+
+
+def nccl_sum(x: Tensor, residual: Tensor) -> Tensor:
+    """Return the residual plus the sum of every rank's x."""
+    total = x.clone()
+    dist.all_reduce(total)
+    return residual + total
+
+
+def check_sums(shared: Exchange, ranks: Ranks, device: torch.device) -> None:
+    """Compare sums of all sizes, with and without a residual, with fp64; and the ranks with each other."""
+    generator = torch.Generator(device).manual_seed(ranks.rank)
+    common = torch.Generator(device).manual_seed(1000)
+    for size, with_residual in itertools.product((1, 2, 255, 256, 257, 4096, 8192, 131072, 262144), (False, True)):
+        x = torch.randn(size, device=device, generator=generator)
+        residual = torch.randn(size, device=device, generator=common).bfloat16() if with_residual else None
+        every = [torch.empty_like(x) for _ in range(ranks.world)]
+        dist.all_gather(every, x)
+        exact = torch.stack(every).double().sum(0) + (0 if residual is None else residual.double())
+        found = shared.sum(x, residual)
+        tolerance = 1e-6 if residual is None else 2**-8
+        assert ((found.double() - exact).abs() <= tolerance * exact.abs().clamp(min=1)).all(), f"sum of {size}"
+        copies = [torch.empty_like(found) for _ in range(ranks.world)]
+        dist.all_gather(copies, found)
+        assert all(torch.equal(copy, found) for copy in copies), f"ranks differ in a sum of {size}"
+
+
+def check_gathering(shared: Exchange, ranks: Ranks, device: torch.device) -> None:
+    """Compare gathered integers with NCCL's."""
+    for size in (1, 6, 300, 64000):
+        x = torch.randint(-(2**31), 2**31, (size,), device=device).int() + ranks.rank
+        every = torch.empty(ranks.world, size, dtype=torch.int32, device=device)
+        dist.all_gather_into_tensor(every.view(-1), x)
+        assert torch.equal(shared.gather(x), every), f"gathering of {size}"
+
+
+def check_replays(shared: Exchange, ranks: Ranks, device: torch.device) -> None:
+    """Replay a graph of sums a thousand times, ranks out of step as they come; the result must never change."""
+    x = torch.randn(8192, device=device, generator=torch.Generator(device).manual_seed(ranks.rank))
+    start = torch.zeros(8192, dtype=torch.bfloat16, device=device)
+
+    def chain() -> Tensor:
+        residual = start
+        for _ in range(CHAIN):
+            residual = shared.sum(x * 0.01 + residual.float() * 1e-3, residual)
+        return residual
+
+    expected = chain()
+    graph, out = captured(chain)
+    for replay in range(1000):
+        graph.replay()
+        if replay % 100 == ranks.rank:
+            torch.cuda.synchronize()
+        assert replay % 50 or torch.equal(out, expected), f"replay {replay} differs"
+
+
+def captured(work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Return a graph of `work`, and where it leaves its result."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work()
+    return graph, out
+
+
+def microseconds(step: Callable[[Tensor], Tensor], residual: Tensor) -> float:
+    """Return the median time of one of `CHAIN` steps in a graph, each on the result of the one before."""
+
+    def chain() -> Tensor:
+        value = residual
+        for _ in range(CHAIN):
+            value = step(value)
+        return value
+
+    graph, _ = captured(chain)
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / CHAIN)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
