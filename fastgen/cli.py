@@ -295,8 +295,16 @@ def run(command: Callable[[], int], *, prog: str) -> NoReturn:
     """
     signal.signal(signal.SIGINT, _leave)
     _mend_streams()
-    with process_watch():
-        sys.exit(_run(command, prog))
+    try:
+        with process_watch():
+            sys.exit(_run(command, prog))
+    except SystemExit as stop:
+        if stop.code != INTERRUPTED:
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(INTERRUPTED)  # leaving torch the usual way takes a second, and more on a busy machine
 
 
 def _run(command: Callable[[], int], prog: str) -> int:

@@ -55,7 +55,7 @@ class Metrics:
     weight_bytes: int
     kv_bytes: int
     gb_per_second: float | None
-    read_limit_gb_per_second: float
+    read_limit_gb_per_second: float | None
     share_of_limit: float | None
     peak_memory_bytes: int
 
@@ -66,7 +66,7 @@ def measure(
     """Return the metrics of the engine's last generation, finished or interrupted.
 
     The first token of a text comes out of prefill, the others are decode steps. Measures the device's bandwidth last,
-    which takes a fraction of a second and memory of its own.
+    which takes a fraction of a second and memory of its own, if there is a speed to stand beside it.
     """
     timings, model = engine.timings, engine.model.transformer
     prompt = sum(len(row.prompt_tokens) for row in completions)
@@ -79,7 +79,7 @@ def measure(
     speed = (weights + kv) * len(steps) / seconds / 1e9 if seconds else None
     prefill = timings.prefilled - timings.start if timings.prefilled else None
     peak = peak_memory(engine.device)
-    limit = measure_read_bandwidth(engine.device)
+    limit = measure_read_bandwidth(engine.device) if speed else None
     return Metrics(
         load_seconds=load_seconds,
         compile_seconds=compile_seconds,
@@ -96,7 +96,7 @@ def measure(
         kv_bytes=kv,
         gb_per_second=speed,
         read_limit_gb_per_second=limit,
-        share_of_limit=speed / limit if speed else None,
+        share_of_limit=speed / limit if speed and limit else None,
         peak_memory_bytes=peak,
     )
 

@@ -38,6 +38,7 @@ def test_a_single_token_has_no_rates() -> None:
     engine.timings = Timings(start=10.0, prefilled=10.5, tokens=[10.75])
     found = measure(engine, [completion(6, 1)], load_seconds=0.0, compile_seconds=0.0)
     assert found.decode_tokens_per_second is found.ms_per_token is found.share_of_limit is None
+    assert found.read_limit_gb_per_second is None, "there is nothing to compare, and it takes time"
 
 
 def test_a_spread_holds_the_median_and_the_tenth_parts_from_both_ends() -> None:
