@@ -9,9 +9,9 @@ reads tokens a few steps behind it and never makes it wait. `fastgen.naive` is t
 """
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,26 +22,30 @@ from fastgen.device import require_memory, synchronize
 from fastgen.errors import FastgenError, ModelFileError, RankLostError, UsageError
 from fastgen.load import LoadedModel, Progress
 from fastgen.options import GenerationOptions, SamplingOptions
+from fastgen.readback import Readback
 from fastgen.sampling import INVALID_TOKEN, RANKS_DIFFER, knobs_of
 from fastgen.steps import CHUNKS, Choice, Rows, Steps, chunks
 
 DEFAULT_MAX_SEQ_LEN = 4096
-HOST_LAG = 1  # bursts that are queued on a GPU before the oldest is read
 
 
 class Piece(NamedTuple):
-    """A piece of one row's text as it arrives; `token` is the id that completed it."""
+    """A piece of one row's text as it arrives; `token` is the id that completed it, `drafted` tells whether a draft
+    model had guessed it (`fastgen.speculative`)."""
 
     row: int
     text: str
     token: int
+    drafted: bool = False
 
 
 class StepTokens(NamedTuple):
-    """What one step gave the host: every row's token and, where asked for, its log-probability."""
+    """What one step gave the host: every row's token, where asked for its log-probability, and under speculation
+    whether it was drafted."""
 
     tokens: list[int]
     logprobs: list[float] | None
+    drafted: list[bool] | None = None
 
 
 @dataclass
@@ -52,6 +56,12 @@ class Timings:
     prefilled: float = 0.0
     prefilled_tokens: int = 0  # of the longest prompt; what the cache held already is not counted
     tokens: list[float] = field(default_factory=list)  # when the host had each step's tokens
+
+    def share_out(self, steps: int) -> None:
+        """Record that the host has the tokens of so many steps: only their end can be seen, so they share the time."""
+        now = time.perf_counter()
+        before = self.tokens[-1] if self.tokens else now
+        self.tokens += [before + (now - before) * (step + 1) / steps for step in range(steps)]
 
 
 class Engine:
@@ -90,23 +100,52 @@ class Engine:
     @property
     def recompiles(self) -> int:
         """Graphs that this process has compiled or captured since `warm_up`; there should never be one."""
-        return self._steps.count() - self._warm_count
+        return self._count() - self._warm_count
 
+    @torch.inference_mode()
     def warm_up(self, options: GenerationOptions | None = None, progress: Progress | None = None) -> None:
         """Compile and capture everything that a text of any length will need; does nothing without `compile`."""
-        if not self._steps.compiled:
+        if not self.compiled:
             return
-        options = options or GenerationOptions()
-        on_gpu = self.device.type == "cuda"
-        widths = [width for width in CHUNKS if width < self._reach] if on_gpu else CHUNKS[-1:]
-        jobs = [(width, bound) for bound in self._steps.bounds() for width in (*widths, 1) if width <= bound]
-        for done, (width, bound) in enumerate(jobs):
+        jobs = self._warm_jobs(options or GenerationOptions())
+        for done, job in enumerate(jobs):
             if progress:
                 progress(done, len(jobs))
-            self._warm_step(width, bound, options)
+            job()
         synchronize(self.device)
         self._texts = []
-        self._warm_count = self._steps.count()
+        self._warm_count = self._count()
+
+    def _warm_jobs(self, options: GenerationOptions) -> list[Callable[[], None]]:
+        """Return what compiles and captures, in parts."""
+        decoding = [partial(self._warm_decode, bound, options) for bound in self._steps.bounds()]
+        return [*self._warm_prefills(self._steps), *decoding]
+
+    def _warm_prefills(self, steps: Steps) -> list[Callable[[], None]]:
+        on_gpu = self.device.type == "cuda"
+        widths = [width for width in CHUNKS if width < self._reach] if on_gpu else CHUNKS[-1:]
+        cases = [(width, bound) for bound in steps.bounds() for width in widths if width <= bound]
+        return [partial(self._warm_prefill, steps, width, bound) for width, bound in cases]
+
+    def _warm_prefill(self, steps: Steps, width: int, bound: int) -> None:
+        tokens = torch.zeros(self.batch, width, dtype=torch.int64, device=self.device)
+        steps.prefill(tokens, bound - width, torch.full((self.batch,), bound, device=self.device))
+
+    def _warm_decode(self, bound: int, options: GenerationOptions) -> None:
+        self._steps.start(self._idle_rows(bound - self._steps.burst, options))
+        self._steps.decode(bound - self._steps.burst + 1, options.sampling, logprobs=options.logprobs)
+
+    def _idle_rows(self, position: int, options: GenerationOptions) -> Rows:
+        """Return rows of no text in particular whose last token stands at `position`."""
+        lengths = torch.full((self.batch,), position, device=self.device)
+        return self._rows(lengths, [[0]] * self.batch, range(self.batch), options.sampling)
+
+    def _count(self) -> int:
+        """Return how many graphs have been compiled or captured."""
+        return self._steps.count()
+
+    def _owns_cache(self) -> bool:
+        return self.model.transformer.cache_owner is self._token
 
     def _own_cache(self) -> bool:
         """Allocate the model's cache for this engine, if another engine has taken it since; returns whether it had.
@@ -114,9 +153,9 @@ class Engine:
         Raises:
             CapacityError: the memory is not there.
         """
-        transformer = self.model.transformer
-        if transformer.cache_owner is self._token:
+        if self._owns_cache():
             return False
+        transformer = self.model.transformer
         capacity = self._reach + CHUNKS[-1]  # more than any step reads, see `Steps`
         need = transformer.kv_bytes(capacity) * self.batch
         require_memory(
@@ -172,12 +211,13 @@ class Engine:
         self, ids: list[list[int]], rows: list[TextStream], options: GenerationOptions, samples: Sequence[int]
     ) -> Iterator[Piece]:
         """Generate, and give every row its tokens until all have ended."""
-        for tokens, logprobs in self.tokens(ids, options, samples=samples):
+        for tokens, logprobs, drafted in self.tokens(ids, options, samples=samples):
             for row, (text, token) in enumerate(zip(rows, tokens, strict=True)):
                 if not text.finish_reason:
                     if token in (INVALID_TOKEN, RANKS_DIFFER):
                         raise self._no_token(token, len(ids[row]) + text.count)
-                    yield Piece(row, text.push(token, logprobs[row] if logprobs else None), token)
+                    piece = text.push(token, logprobs[row] if logprobs else None)
+                    yield Piece(row, piece, token, bool(drafted and drafted[row]))
             if all(text.finish_reason for text in rows):
                 return
 
@@ -190,37 +230,59 @@ class Engine:
         A row that is full or finished goes on giving tokens that mean nothing.
         """
         if self._own_cache():
-            self._steps.forget()
+            self._forget()
         generation = self._generation = object()
+        rows, first = self._begin(prompts, options, samples)
+        for step in self._decode(rows, first, max(map(len, prompts)), options):
+            for text, token in zip(self._texts, step.tokens, strict=True):
+                text.append(token)
+            yield step
+            if self._generation is not generation or not self._owns_cache():
+                raise UsageError(
+                    "this text cannot go on: another was begun on the same model, whose cache holds one\n"
+                    "Finish one before the next, or use Engine(batch=N)"
+                )
+
+    def _begin(
+        self, prompts: Sequence[Sequence[int]], options: GenerationOptions, samples: Sequence[int]
+    ) -> tuple[Rows, Choice]:
+        """Prefill the prompts and choose each text's first token, which the rows that are returned hold."""
         timings = self.timings = Timings(start=time.perf_counter())
         start = self._reusable(prompts)
         self._texts = []
         lengths = torch.tensor(list(map(len, prompts)), device=self.device)
         rows = self._rows(lengths, prompts, samples, options.sampling)
-        hidden = self._prefill(prompts, start, lengths)
+        hidden = self._prefill(self._steps, prompts, start, lengths)
         choice = self._steps.choose(hidden, rows, options.sampling, logprobs=options.logprobs)
         synchronize(self.device)
         timings.prefilled = time.perf_counter()
-        filled = max(map(len, prompts))
-        timings.prefilled_tokens = filled - start
+        timings.prefilled_tokens = max(map(len, prompts)) - start
         self._texts = list(map(list, prompts))
-        self._steps.start(rows._replace(token=choice.token))
-        reader = TokenReader(self.device)
-        burst = Choice(choice.token[None], None if choice.logprob is None else choice.logprob[None])
+        return rows._replace(token=choice.token), choice
+
+    def _decode(self, rows: Rows, first: Choice, filled: int, options: GenerationOptions) -> Iterator[StepTokens]:
+        """Yield the first token of every text and those that follow, without end; `filled` is the longest prompt."""
+        self._steps.start(rows)
+        readback: Readback[Choice, None] = Readback(self.device)
+        burst = Choice(first.token[None], None if first.logprob is None else first.logprob[None])
         while True:
-            for step in reader.push(burst, timings):
-                for text, token in zip(self._texts, step.tokens, strict=True):
-                    text.append(token)
-                yield step
-                if self._generation is not generation or self.model.transformer.cache_owner is not self._token:
-                    raise UsageError(
-                        "this text cannot go on: another was begun on the same model, whose cache holds one\n"
-                        "Finish one before the next, or use Engine(batch=N)"
-                    )
+            for due, _ in readback.push(burst, None):
+                yield from self._unpack(due)
             self.model.ranks.at("decode")
             self.model.ranks.check_interrupt()
             burst = self._steps.decode(filled + 1, options.sampling, logprobs=options.logprobs)
             filled += self._steps.burst
+
+    def _unpack(self, burst: Choice) -> Iterator[StepTokens]:
+        """Yield a burst's steps, [steps, B], once the host has them."""
+        tokens = burst.token.tolist()
+        logprobs = [None] * len(tokens) if burst.logprob is None else burst.logprob.tolist()
+        self.timings.share_out(len(tokens))
+        yield from map(StepTokens, tokens, logprobs)
+
+    def _forget(self) -> None:
+        """Drop what knows the addresses of a cache that is no longer there."""
+        self._steps.forget()
 
     def _rows(
         self, lengths: Tensor, prompts: Sequence[Sequence[int]], samples: Sequence[int], options: SamplingOptions
@@ -233,10 +295,12 @@ class Engine:
             samples=torch.tensor(samples, device=self.device),
             knobs=torch.tensor(knobs_of(options), dtype=torch.float64, device=self.device),
             seen=self._seen(prompts, options),
+            text=torch.empty(0, dtype=torch.int64, device=self.device),
         )
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], first: int, lengths: Tensor) -> Tensor:
-        """Fill the cache from position `first` on; returns the hidden state [B, D] of every prompt's last token."""
+    def _prefill(self, steps: Steps, prompts: Sequence[Sequence[int]], first: int, lengths: Tensor) -> Tensor:
+        """Fill the cache of a model from position `first` on; returns the hidden state [B, D] of every prompt's last
+        token."""
         padded = torch.zeros(len(prompts), self._reach, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = torch.tensor(prompt)
@@ -244,7 +308,7 @@ class Engine:
         last: Tensor | None = None
         for start, width in chunks(first, max(map(len, prompts))):
             self.model.ranks.at("prefill")
-            hidden = self._steps.prefill(padded[:, start : start + width], start, lengths)
+            hidden = steps.prefill(padded[:, start : start + width], start, lengths)
             last = hidden if last is None else torch.where((lengths > start)[:, None], hidden, last)
         assert last is not None, "every prompt has a token that is not in the cache"
         return last
@@ -259,17 +323,6 @@ class Engine:
             parting = next((at for at, (new, old) in enumerate(pairs) if new != old), min(len(prompt), len(text)))
             shared.append(min(parting, len(prompt) - 1, len(text) - 1))
         return max(0, min(shared))
-
-    @torch.inference_mode()
-    def _warm_step(self, width: int, bound: int, options: GenerationOptions) -> None:
-        lengths = torch.full((self.batch,), bound, device=self.device)
-        if width > 1:
-            tokens = torch.zeros(self.batch, width, dtype=torch.int64, device=self.device)
-            self._steps.prefill(tokens, bound - width, lengths)
-            return
-        rows = self._rows(lengths - self._steps.burst, [[0]] * self.batch, range(self.batch), options.sampling)
-        self._steps.start(rows)
-        self._steps.decode(bound - self._steps.burst + 1, options.sampling, logprobs=options.logprobs)
 
     def _seen(self, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> Tensor:
         """Return [B, V] bool: which tokens each text holds; nothing reads it without a repetition penalty."""
@@ -315,40 +368,3 @@ class Engine:
             f"{self.model.checkpoint.path}: the logits are not finite at position {position}\n"
             "The weights are damaged, or overflow this dtype: try --dtype fp32"
         )
-
-
-class TokenReader:
-    """Brings tokens to the host: at once on a CPU; on a GPU a burst behind the device, which so never waits."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._pending: deque[tuple[Choice, torch.cuda.Event]] = deque()
-
-    def push(self, burst: Choice, timings: Timings) -> Iterator[StepTokens]:
-        """Queue a burst [steps, B] and yield the steps that are due, with their times."""
-        if not self._cuda:
-            yield from _unpack(burst, timings)
-            return
-        logprob = None if burst.logprob is None else _to_pinned(burst.logprob)
-        host = Choice(_to_pinned(burst.token), logprob)
-        event = torch.cuda.Event()
-        event.record()
-        self._pending.append((host, event))
-        if len(self._pending) > HOST_LAG:
-            oldest, copied = self._pending.popleft()
-            copied.synchronize()
-            yield from _unpack(oldest, timings)
-
-
-def _to_pinned(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _unpack(burst: Choice, timings: Timings) -> Iterator[StepTokens]:
-    """Yield a burst's steps; its time is shared out evenly among them, for only its end can be seen."""
-    tokens = burst.token.tolist()
-    logprobs = [None] * len(tokens) if burst.logprob is None else burst.logprob.tolist()
-    now = time.perf_counter()
-    before = timings.tokens[-1] if timings.tokens else now
-    timings.tokens += [before + (now - before) * (step + 1) / len(tokens) for step in range(len(tokens))]
-    yield from map(StepTokens, tokens, logprobs)

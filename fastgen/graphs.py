@@ -8,10 +8,12 @@ A graph of several steps costs one launch, so the host keeps ahead of models who
 millisecond. What was decoded behind the end of a text is thrown away.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 SMALLEST_BOUND = 256
 """Positions that the smallest graph reads; below that attention costs about the same."""
@@ -19,6 +21,56 @@ SMALLEST_BOUND = 256
 BURST, LONG_STEP_BURST, LONG_STEP_BYTES = 8, 2, 4 << 30
 """Steps a graph, and fewer for models whose step takes a millisecond or more: a burst arrives as a whole, and a
 person should not see text stutter."""
+
+
+Result = TypeVar("Result")
+
+
+def bounds_below(reach: int) -> list[int]:
+    """Return the bounds of attention for which graphs are captured, `reach` the last."""
+    powers = [SMALLEST_BOUND << power for power in range(32) if SMALLEST_BOUND << power < reach]
+    return [*powers, reach]
+
+
+class Graphs:
+    """Captures work on first sight of its case and replays it from then on."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+        self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._pool: Any = None
+
+    def forget(self) -> None:
+        """Drop all graphs: the tensors that they read are gone."""
+        self._graphs.clear()
+
+    def run(self, case: object, work: Callable[[], Result], state: Iterable[Tensor]) -> Result:
+        """Do `work`, which reads static tensors alone and moves those of `state` on.
+
+        Its result stands where the graph put it and is overwritten by the next run: copies that are queued before are
+        safe.
+        """
+        if case not in self._graphs:
+            self._graphs[case] = self._capture(work, list(state))
+            self.captures += 1
+        graph, result = self._graphs[case]
+        graph.replay()
+        return result
+
+    def _capture(self, work: Callable[[], Result], state: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, Result]:
+        saved = [tensor.clone() for tensor in state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles and tunes what a capture must find ready
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = work()
+        for tensor, before in zip(state, saved, strict=True):
+            tensor.copy_(before)
+        return graph, result
 
 
 class GraphDecoder:
@@ -29,59 +81,38 @@ class GraphDecoder:
     """
 
     def __init__(self, step: Callable[..., Any], reach: int, weight_bytes: int) -> None:
-        self.burst = BURST if weight_bytes < LONG_STEP_BYTES else LONG_STEP_BURST
-        powers = [SMALLEST_BOUND << power for power in range(32) if SMALLEST_BOUND << power < reach]
-        self.bounds = [*powers, reach]
-        self.captures = 0
+        self.burst = burst_of(weight_bytes)
+        self.bounds = bounds_below(reach)
         self._step = step
         self._reach = reach
         self._rows: Any = None
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
-        self._pool: Any = None
+        self._graphs = Graphs()
+
+    @property
+    def captures(self) -> int:
+        """How many graphs have been captured."""
+        return self._graphs.captures
 
     def forget(self) -> None:
         """Drop all graphs: the tensors that they read are gone."""
-        self._graphs.clear()
+        self._graphs.forget()
 
     def start(self, rows: Any) -> None:
         """Begin to decode from `rows`, whose values are copied to where the graphs look for them."""
-        if self._rows is None or any(old.shape != new.shape for old, new in zip(self._rows, rows, strict=True)):
-            self._rows = type(rows)(*(tensor.clone() for tensor in rows))
-            self._graphs.clear()
-            return
-        for old, new in zip(self._rows, rows, strict=True):
-            old.copy_(new)
+        self._rows, moved = settle(self._rows, rows)
+        if moved:
+            self._graphs.forget()
 
     def decode(self, filled: int, options: Any, *, logprobs: bool) -> Any:
         """Decode `burst` tokens, whose last attends to `filled` positions; the result, [burst, B] each, is
         overwritten by the next call: copies that are queued before it are safe."""
         bound = next(bound for bound in self.bounds if bound >= filled)
-        case = (bound, options, logprobs)
-        if case not in self._graphs:
-            self._graphs[case] = self._capture(*case)
-            self.captures += 1
-        graph, choices = self._graphs[case]
-        graph.replay()
-        return choices
+        work = partial(self._steps, bound, options, logprobs)
+        return self._graphs.run((bound, options, logprobs), work, self._rows)
 
-    def _capture(self, bound: int, options: Any, logprobs: bool) -> tuple[torch.cuda.CUDAGraph, Any]:
-        saved = [tensor.clone() for tensor in self._rows]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles and tunes what a capture must find ready
-            self._steps(bound, options, logprobs, count=1)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            choices = self._steps(bound, options, logprobs, count=self.burst)
-        for tensor, before in zip(self._rows, saved, strict=True):
-            tensor.copy_(before)
-        return graph, choices
-
-    def _steps(self, bound: int, options: Any, logprobs: bool, *, count: int) -> Any:
+    def _steps(self, bound: int, options: Any, logprobs: bool) -> Any:
         rows, choices = self._rows, []
-        for _ in range(count):
+        for _ in range(self.burst):
             choice = self._step(rows, bound, options, logprobs=logprobs)
             following = (rows.positions + 1).clamp(max=self._reach - 1)
             rows = rows._replace(token=choice.token, positions=following)
@@ -90,3 +121,20 @@ class GraphDecoder:
         self._rows.positions.copy_(rows.positions)
         logprob = torch.stack([choice.logprob for choice in choices]) if logprobs else None
         return type(choices[0])(torch.stack([choice.token for choice in choices]), logprob)
+
+
+def burst_of(weight_bytes: int) -> int:
+    """Return how many steps of a model a graph is to hold."""
+    return BURST if weight_bytes < LONG_STEP_BYTES else LONG_STEP_BURST
+
+
+def settle(static: Any, tensors: Any) -> tuple[Any, bool]:
+    """Copy a named tuple of tensors to where graphs look for it, and return it there, and whether it had to move.
+
+    `static` is where it stood so far, or None.
+    """
+    if static is None or any(old.shape != new.shape for old, new in zip(static, tensors, strict=True)):
+        return type(tensors)(*(tensor.clone() for tensor in tensors)), True
+    for old, new in zip(static, tensors, strict=True):
+        old.copy_(new)
+    return static, False

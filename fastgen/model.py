@@ -16,6 +16,7 @@ may be replaced by quantized ones, and its local sizes are read off its tensors.
     lm_head.weight                  [V, D]           the embedding's own where config.tie_embeddings
 """
 
+import copy
 from collections.abc import Callable
 from typing import Protocol
 
@@ -118,6 +119,13 @@ class Transformer(nn.Module):
         for block in self.layers:
             block.k_cache = torch.zeros(shape, dtype=like.dtype, device=like.device)
             block.v_cache = torch.zeros_like(block.k_cache)
+
+    def first_layers(self, count: int) -> "Transformer":
+        """Return the model that stops after `count` layers: its modules, weights and KV cache are this one's."""
+        view = copy.copy(self)
+        view._modules = dict(self._modules)
+        view.layers = self.layers[:count]
+        return view
 
     def forward(self, tokens: Tensor, positions: Tensor, key_positions: Tensor, lengths: Tensor) -> Tensor:
         """Return the last layer's output for new tokens, before the final norm, and append to the cache.

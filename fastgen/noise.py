@@ -80,16 +80,25 @@ def gumbel_from_bits(bits: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-v.clamp(max=1 - 2.0**-24)))
 
 
+def uniform(key: NoiseKey) -> Tensor:
+    """Return one number for each row of the key: fp32 [B] or [B, T], uniform in (0, 1), both ends excluded."""
+    bits = hash_u32(*_words(key))
+    return ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+
+
 def gumbel(key: NoiseKey, vocab_size: int, *, first_token: int = 0) -> Tensor:
     """Return the noise of tokens `first_token` .. `first_token + vocab_size - 1`: fp32 [B, V] or [B, T, V].
 
     Its integers are equal bit for bit everywhere; the two logarithms may differ in the last place between devices
     and compilers. Within a row no two tokens share an integer: over the last word alone the hash is a permutation.
     """
-    device = key.position.device
-    seed = torch.full((), key.seed, device=device) if isinstance(key.seed, int) else key.seed
-    stream = torch.full_like(seed, key.stream)
-    position = key.position.long()[..., None]
+    tokens = torch.arange(first_token, first_token + vocab_size, device=key.position.device)
+    return gumbel_from_bits(hash_u32(*(word[..., None] for word in _words(key)), tokens))
+
+
+def _words(key: NoiseKey) -> tuple[Tensor, ...]:
+    """Return what a key hashes, words of 32 bits that broadcast to the shape of its position."""
+    seed = torch.full((), key.seed, device=key.position.device) if isinstance(key.seed, int) else key.seed
+    position = key.position.long()
     sample = key.sample.long().reshape(-1, *[1] * (position.dim() - 1))
-    tokens = torch.arange(first_token, first_token + vocab_size, device=device)
-    return gumbel_from_bits(hash_u32(seed & MASK, (seed >> 32) & MASK, stream, sample, position, tokens))
+    return seed & MASK, (seed >> 32) & MASK, torch.full_like(seed, key.stream), sample, position

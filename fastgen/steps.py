@@ -42,6 +42,7 @@ class Rows(NamedTuple):
         samples: [B] int64, tells apart texts with equal prompts.
         knobs: [4] float64, the numbers of `fastgen.sampling.Knobs`; like the seed, no part of a graph.
         seen: [B, V] bool, the tokens that a text holds, for the repetition penalty; empty without one.
+        text: [B, S] int64, the tokens of each text by their position, for drafting; empty without it.
     """
 
     token: Tensor
@@ -50,6 +51,7 @@ class Rows(NamedTuple):
     samples: Tensor
     knobs: Tensor
     seen: Tensor
+    text: Tensor
 
 
 class Choice(NamedTuple):
@@ -121,7 +123,7 @@ class Steps:
         self._decode: Callable[..., Choice] = decode_one_token
         self._graphs: GraphDecoder | None = None
         self._rows: Rows | None = None
-        self._cases: set[object] = set()
+        self._cases = Cases(compiled)
         on_gpu = model.embedding.weight.is_cuda
         model.by_region |= compiled and not on_gpu
         if compiled:
@@ -141,7 +143,7 @@ class Steps:
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(positions, 1)
         keys = self._keys(start + width)
-        return self._compiling(
+        return self._cases.run(
             ("prefill", tokens.shape[0]), self._prefill, self.model, tokens, positions, keys, lengths
         )
 
@@ -186,23 +188,31 @@ class Steps:
     def _decode_eagerly(self, rows: Rows, filled: int, options: SamplingOptions, *, logprobs: bool) -> Choice:
         case = ("decode", options, logprobs, rows.token.shape[0], rows.seen.shape)
         step = partial(self._decode, logprobs=logprobs)
-        return self._compiling(case, step, self.model, rows, self._keys(filled), options)
-
-    def _compiling(self, case: object, step: Callable[..., Result], *arguments: object) -> Result:
-        """Run a step; a case that is new may compile a graph, however many others the process has."""
-        if not self.compiled or case in self._cases:
-            return step(*arguments)
-        # PyTorch gives a function up after eight graphs. Cases that differ by intent are not what that guards against.
-        with torch._dynamo.config.patch(recompile_limit=MOST_CASES, accumulated_recompile_limit=MOST_CASES):
-            result = step(*arguments)
-        self._cases.add(case)
-        return result
+        return self._cases.run(case, step, self.model, rows, self._keys(filled), options)
 
     def _keys(self, filled: int) -> Tensor:
         keys = self._positions[:filled]
         if self.compiled:
             torch._dynamo.mark_dynamic(keys, 0)
         return keys
+
+
+class Cases:
+    """What compiled steps have been called with: a case that is new may compile, however many others there are."""
+
+    def __init__(self, compiled: bool) -> None:
+        self._compiled = compiled
+        self._seen: set[object] = set()
+
+    def run(self, case: object, step: Callable[..., Result], *arguments: object) -> Result:
+        """Run a step."""
+        if not self._compiled or case in self._seen:
+            return step(*arguments)
+        # PyTorch gives a function up after eight graphs. Cases that differ by intent are not what that guards against.
+        with torch._dynamo.config.patch(recompile_limit=MOST_CASES, accumulated_recompile_limit=MOST_CASES):
+            result = step(*arguments)
+        self._seen.add(case)
+        return result
 
 
 def count_compilations() -> int:

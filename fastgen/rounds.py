@@ -1,0 +1,253 @@
+"""A round of speculation: draft K tokens, verify them in one pass of the target, accept, move on, all on the device.
+
+The target's pass takes each text's last token and its drafts, a row of W tokens at consecutive places, W the smallest
+of `WIDTHS` that holds K + 1; what lies behind the drafts is filling, computed and ignored. Its KV cache then holds
+the drafts that were refused as well, behind the place that the text has reached: a text is rolled back by its
+position alone (`Transformer.allocate_cache`). A round of width 1 is plain decoding.
+
+Rows, drafts and limit are static tensors that the work itself moves on, so on CUDA a round is two graph launches,
+drafting and verifying, whatever the texts do, and the host reads nothing in between. Texts of a batch accept each
+their own number.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgen.acceptance import Verdict, accept_equal, accept_or_resample
+from fastgen.drafters import Drafter
+from fastgen.graphs import Graphs, bounds_below, burst_of, settle
+from fastgen.model import Transformer
+from fastgen.noise import NoiseKey, gumbel, uniform
+from fastgen.options import SamplingOptions
+from fastgen.sampling import Knobs, adjust, log_probabilities, sample
+from fastgen.steps import Cases, Rows
+
+WIDTHS = (1, 2, 4, 8, 16)
+"""Tokens that the target takes at once."""
+
+MOST_DRAFTS = WIDTHS[-1] - 1
+
+SPARE = WIDTHS[-1] + 1
+"""Places of a row's text behind the last position: a round may write there."""
+
+ACCEPT_STREAM = 1
+"""The noise that decides about drafts, see `accept_or_resample`; what replaces them has stream 0, plain sampling's."""
+
+
+class Round(NamedTuple):
+    """What a round gave: tokens int64 [B, W], the first `counts` [B] of a row real, and their log-probabilities
+    fp32 [B, W] where asked for."""
+
+    tokens: Tensor
+    counts: Tensor
+    logprobs: Tensor | None
+
+
+class Drafts(NamedTuple):
+    """What is to be verified, in static tensors.
+
+    Attributes:
+        tokens: [B, 17] int64; place 0 is the text's last token's, the drafts stand from 1 on.
+        probabilities: [B, 15, V] fp32 that they were drawn from; empty where drafts share the target's noise.
+        limit: int64 without dimensions, how many there are.
+    """
+
+    tokens: Tensor
+    probabilities: Tensor
+    limit: Tensor
+
+
+def width_of(count: int) -> int:
+    """Return the width that verifies `count` drafts, at most `MOST_DRAFTS`."""
+    return next(width for width in WIDTHS if width > count)
+
+
+def verify(
+    model: Transformer, rows: Rows, tokens: Tensor, probabilities: Tensor | None, limit: Tensor, keys: Tensor,
+    options: SamplingOptions, *, logprobs: bool,
+) -> Round:  # fmt: skip
+    """Verify drafts, tokens[:, 1:] of [B, W], and move the rows behind what was accepted and one token more.
+
+    Drafts that were drawn independently come with the `probabilities` [B, W - 1, V] that they were drawn from, and are
+    accepted or resampled; others stay while they equal the target's choice.
+    """
+    places = rows.positions[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    drafts = tokens[:, 1:]
+    tokens = torch.cat((rows.token[:, None], drafts), 1).clamp(min=0)
+    hidden = model(tokens, places, keys, rows.positions + 1)
+    logits = model.logits(hidden)
+    seen = _seen_before(rows.seen, tokens) if options.repetition_penalty != 1.0 else None
+    key = NoiseKey(seed=rows.seed, sample=rows.samples, position=places + 1)
+    knobs = Knobs(*rows.knobs.unbind())
+    if probabilities is None:
+        verdict = accept_equal(sample(logits, options, key=key, seen=seen, knobs=knobs), drafts, limit)
+    else:
+        target = adjust(logits, options, seen=seen, knobs=knobs).softmax(-1)
+        verdict = _accept_or_resample(rows, target, probabilities, drafts, limit)
+    _advance(rows, verdict, places + 1, options)
+    return Round(*verdict, log_probabilities(logits, verdict.tokens) if logprobs else None)
+
+
+def _accept_or_resample(rows: Rows, target: Tensor, draft: Tensor, drafts: Tensor, limit: Tensor) -> Verdict:
+    first = rows.positions + 1
+    decided = first[:, None] + torch.arange(drafts.shape[1], device=drafts.device)
+    key = partial(NoiseKey, seed=rows.seed, sample=rows.samples)
+
+    def noise(place: Tensor) -> Tensor:
+        return gumbel(key(position=first + place), target.shape[2])
+
+    chances = uniform(key(position=decided, stream=ACCEPT_STREAM))
+    return accept_or_resample(target, draft, drafts, limit, uniform=chances, gumbel=noise)
+
+
+def _advance(rows: Rows, verdict: Verdict, places: Tensor, options: SamplingOptions) -> None:
+    """Write a round's tokens to where they stand, [B, W], and move the rows to the last real one.
+
+    What is written behind it is overwritten by the next round.
+    """
+    tokens, counts = verdict
+    last = tokens.gather(1, counts[:, None] - 1)
+    rows.text.scatter_(1, places, tokens)
+    if options.repetition_penalty != 1.0:
+        real = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
+        rows.seen.scatter_(1, torch.where(real, tokens, last).clamp(min=0), True)
+    rows.token.copy_(last[:, 0])
+    rows.positions.copy_((rows.positions + counts).clamp(max=rows.text.shape[1] - SPARE))
+
+
+def _seen_before(seen: Tensor, tokens: Tensor) -> Tensor:
+    """Return [B, W, V] bool: the tokens `seen` [B, V], and those of the row [B, W] up to each place."""
+    own = torch.zeros(*tokens.shape, seen.shape[1], dtype=torch.bool, device=seen.device)
+    own = own.scatter(2, tokens[:, :, None], True)
+    return seen[:, None] | (own.long().cumsum(1) > 0)
+
+
+class Rounds:
+    """Runs rounds for one target and its drafters.
+
+    `reach` is the number of positions that a plain step may read; the cache holds `SPARE` more. `widths` are those
+    that will come, `independent` says that drafts are drawn apart from the target's noise.
+    """
+
+    def __init__(
+        self, model: Transformer, drafters: Sequence[Drafter], reach: int, *, widths: Sequence[int], compiled: bool
+    ) -> None:
+        device = model.embedding.weight.device
+        self.model, self.drafters, self.widths = model, drafters, widths
+        self.compiled, self.independent = compiled, False
+        self.burst = burst_of(model.weight_bytes()) if compiled and device.type == "cuda" else 1
+        self.bounds = bounds_below(reach)
+        self._positions = torch.arange(reach + SPARE, device=device)
+        self._verify: Callable[..., Round] = verify
+        self._cases = Cases(compiled)
+        self._graphs = Graphs() if compiled and device.type == "cuda" else None
+        self._rows: Rows | None = None
+        self._drafts: Drafts | None = None
+        if compiled:
+            self._verify = torch.compile(verify, fullgraph=True, dynamic=False)
+
+    @property
+    def rows(self) -> Rows:
+        """The rows, where the rounds move them on."""
+        assert self._rows is not None, "start() comes first"
+        return self._rows
+
+    def start(self, rows: Rows, *, independent: bool) -> None:
+        """Begin with these rows, whose tensors are ours from now on."""
+        self._rows, moved = settle(self._rows, rows) if self._graphs else (rows, False)
+        if moved or self._drafts is None or independent != self.independent:
+            self._drafts, self.independent = self._no_drafts(rows, independent), independent
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop what holds addresses of tensors that are no longer there."""
+        if self._graphs:
+            self._graphs.forget()
+
+    @property
+    def captures(self) -> int:
+        """How many CUDA graphs have been captured."""
+        return self._graphs.captures if self._graphs else 0
+
+    def draft(self, drafter: int, count: int, filled: int, options: SamplingOptions) -> None:
+        """Let a drafter guess `count` tokens behind texts of at most `filled` tokens, the last one included."""
+        options, bound = options.structure(), self._bound(filled + count)
+        work = partial(self._draft, drafter, count, bound, options)
+        self._run(("draft", drafter, count, bound, options), work)
+
+    def verify(self, width: int, filled: int, options: SamplingOptions, *, logprobs: bool) -> Round:
+        """Verify what was drafted for texts of at most `filled` tokens; at width 1, decode `burst` tokens plainly."""
+        options, bound = options.structure(), self._bound(filled + max(width, self.burst))
+        work = partial(self._decode if width == 1 else partial(self._verify_drafts, width), bound, options, logprobs)
+        return self._run(("verify", width, bound, options, logprobs), work)
+
+    def _run(self, case: object, work: Callable[[], Round | None]) -> Round:
+        if self._graphs is None:
+            return work()  # type: ignore[return-value]
+        return self._graphs.run(case, work, [*self.rows, *self._static_drafts()])  # type: ignore[return-value]
+
+    def _draft(self, drafter: int, count: int, bound: int, options: SamplingOptions) -> None:
+        tokens, probabilities, limit = self._static_drafts()
+        draft = self.drafters[drafter].draft(self.rows, count, self._keys(bound), options, independent=self.independent)
+        tokens[:, 1 : count + 1] = draft.tokens
+        limit.fill_(count)
+        if draft.probabilities is not None:
+            probabilities[:, :count] = draft.probabilities
+
+    def _decode(self, bound: int, options: SamplingOptions, logprobs: bool) -> Round:
+        """Make `burst` plain steps, as one round of so many tokens."""
+        tokens, _, limit = self._static_drafts()
+        steps = []
+        for _ in range(self.burst):
+            arguments = (self.model, self.rows, tokens[:, :1].contiguous(), None, limit, self._keys(bound), options)
+            steps.append(self._call(("plain", options, logprobs), logprobs, arguments))
+        if self.burst == 1:
+            return steps[0]
+        together = torch.cat([step.tokens for step in steps], 1)
+        given = torch.cat([step.logprobs for step in steps if step.logprobs is not None], 1) if logprobs else None
+        return Round(together, torch.full_like(limit.expand(len(together)), self.burst), given)
+
+    def _verify_drafts(self, width: int, bound: int, options: SamplingOptions, logprobs: bool) -> Round:
+        drafts = self._static_drafts()
+        tokens = drafts.tokens[:, :width].contiguous()
+        probabilities = drafts.probabilities[:, : width - 1].contiguous() if self.independent else None
+        case: tuple[object, ...] = ("verify", options, logprobs)
+        if self.compiled and len(self.widths) > 2 and tokens.shape[0] == 1:
+            # One graph for all; that none exceeds 16 tokens is what quantized linears and kernels need to know.
+            torch._dynamo.mark_dynamic(tokens, 1, min=2, max=WIDTHS[-1])
+        else:
+            case = (*case, width)
+        arguments = (self.model, self.rows, tokens, probabilities, drafts.limit, self._keys(bound), options)
+        return self._call(case, logprobs, arguments)
+
+    def _call(self, case: tuple[object, ...], logprobs: bool, arguments: tuple[object, ...]) -> Round:
+        case = (*case, self.rows.token.shape, self.rows.seen.shape, self.independent)
+        return self._cases.run(case, partial(self._verify, logprobs=logprobs), *arguments)
+
+    def _bound(self, filled: int) -> int:
+        """Return how many positions attention reads for `filled` tokens."""
+        if self._graphs is None:
+            return min(filled, self.bounds[-1])
+        return next((bound for bound in self.bounds if bound >= filled), self.bounds[-1])
+
+    def _keys(self, bound: int) -> Tensor:
+        keys = self._positions[:bound]
+        if self.compiled:
+            torch._dynamo.mark_dynamic(keys, 0)
+        return keys
+
+    def _static_drafts(self) -> Drafts:
+        assert self._drafts is not None, "start() comes first"
+        return self._drafts
+
+    def _no_drafts(self, rows: Rows, independent: bool) -> Drafts:
+        shape = (len(rows.token), MOST_DRAFTS, self.model.config.vocab_size)
+        return Drafts(
+            tokens=torch.zeros(len(rows.token), SPARE, dtype=torch.int64, device=rows.token.device),
+            probabilities=torch.zeros(shape if independent else 0, device=rows.token.device),
+            limit=torch.zeros((), dtype=torch.int64, device=rows.token.device),
+        )
