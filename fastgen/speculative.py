@@ -12,9 +12,8 @@ faster ones wait for the slowest on the host alone.
 """
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -22,21 +21,16 @@ import torch
 from torch import Tensor
 
 from fastgen.device import require_memory, synchronize
-from fastgen.drafters import Drafter, ModelDrafter, NgramDrafter, self_drafter
+from fastgen.drafters import NgramDrafter
 from fastgen.engine import Engine, StepTokens
-from fastgen.errors import UsageError
 from fastgen.load import LoadedModel
-from fastgen.model import Transformer
 from fastgen.options import GenerationOptions, SamplingOptions
-from fastgen.pace import PLAIN, Arm, FixedPace, LivePace, Pace
+from fastgen.pace import MODEL_HOPE, NGRAM_HOPE, PLAIN, Arm, FixedPace, LivePace, Pace
 from fastgen.readback import Mark, Readback, mark
-from fastgen.rounds import MOST_DRAFTS, SPARE, WIDTHS, Round, Rounds, width_of
+from fastgen.rounds import SPARE, WIDTHS, Round, Rounds, width_of
+from fastgen.speculation import AUTO, Speculation, check, make_arms, make_drafters, own_model
 from fastgen.steps import CHUNKS, Choice, Rows, chunks
-from fastgen.vocabulary import require_same_vocabulary
-
-AUTO = "auto"
-MODEL_COUNTS, NGRAM_COUNTS = (1, 3, 7), (3, 7, 15)
-"""Drafts a round among which `auto` chooses: those that fill the target's widths."""
+from fastgen.tally import Launch, Tally
 
 SMALLEST = 40
 """Tokens of the texts that graphs are compiled for and costs are measured with."""
@@ -44,36 +38,8 @@ SMALLEST = 40
 AHEAD = 2 * WIDTHS[-1]
 """Tokens by which the device can be ahead of what the host has read."""
 
-CALIBRATIONS = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speculation:
-    """How to speculate.
-
-    Attributes:
-        draft: a model, "ngram", or "self:N" for the target's own first N layers.
-        count: tokens to draft a round, 1 to 15, or "auto": as many, by the draft or by n-grams, as is fastest now.
-        accept: "coupled" gives the very text of plain sampling, "leviathan" (arXiv 2211.17192) accepts more when
-            sampling and gives its distribution; greedy texts are plain ones in any case.
-
-    Raises `UsageError` where a value is out of its range.
-    """
-
-    draft: LoadedModel | str = "ngram"
-    count: int | str = AUTO
-    accept: str = "coupled"
-
-    def __post_init__(self) -> None:
-        if self.count != AUTO and not (isinstance(self.count, int) and 1 <= self.count <= MOST_DRAFTS):
-            raise UsageError(f"--speculate {self.count}: expected 1 to {MOST_DRAFTS} tokens a round, or auto")
-        if self.accept not in ("coupled", "leviathan"):
-            raise UsageError(f"--accept {self.accept}: expected coupled or leviathan")
-        if self.accept == "leviathan" and self.count == AUTO:
-            raise UsageError(
-                "--accept leviathan: needs a fixed --speculate K, for its text hangs on the number of drafts,\n"
-                "and auto chooses that by the clock; coupled gives the same text at any number"
-            )
+CALIBRATIONS, CALIBRATION_SECONDS = 9, 1.0
+"""How often every round is timed before the first text, and after what time less often."""
 
 
 class Token(NamedTuple):
@@ -82,50 +48,6 @@ class Token(NamedTuple):
     id: int
     logprob: float | None
     drafted: bool
-
-
-class Launch(NamedTuple):
-    """What the host remembers of a round that is under way."""
-
-    arm: Arm
-    tokens: int  # at most so many for each row
-    start: Mark
-    drafted: Mark
-    end: Mark
-
-
-@dataclass
-class Tally:
-    """What the rounds of the last generation did; rows of a batch are counted one by one."""
-
-    accepted: Counter[int] = field(default_factory=Counter)  # rounds by how many drafts were accepted
-    tried: Counter[int] = field(default_factory=Counter)  # by place, 1 for the first draft: drafts whose turn came
-    kept: Counter[int] = field(default_factory=Counter)  # and those that stayed
-    arms: Counter[Arm] = field(default_factory=Counter)  # launches, plain ones among them
-    draft_seconds: list[float] = field(default_factory=list)  # of every round with drafts
-    verify_seconds: list[float] = field(default_factory=list)
-
-    def record(self, launch: Launch, counts: Sequence[int]) -> None:
-        """Count a round that gave each row so many tokens."""
-        self.arms[launch.arm] += 1
-        if launch.arm == PLAIN:
-            return
-        self.draft_seconds.append(launch.start.until(launch.drafted))
-        self.verify_seconds.append(launch.drafted.until(launch.end))
-        for count in counts:
-            self.accepted[count - 1] += 1
-            self.tried.update(range(1, min(count, launch.arm.drafts) + 1))
-            self.kept.update(range(1, count))
-
-    @property
-    def rounds(self) -> int:
-        """Rounds with drafts, of all rows."""
-        return self.accepted.total()
-
-    @property
-    def acceptance(self) -> float | None:
-        """The share of drafts that stayed, of those whose turn came."""
-        return self.kept.total() / self.tried.total() if self.tried else None
 
 
 class SpeculativeEngine(Engine):
@@ -138,26 +60,26 @@ class SpeculativeEngine(Engine):
         self, model: LoadedModel, speculation: Speculation, *, batch: int = 1, max_seq_len: int | None = None,
         compile: bool = False,
     ) -> None:  # fmt: skip
-        _check(model, speculation)
+        check(model, speculation)
         self.speculation = speculation
         self.tally = Tally()
         self._drafted = 0  # the draft's cache is filled below this position, as far as each row reaches
         self._behind = False  # whether rounds without the draft have moved the rows on since
         super().__init__(model, batch=batch, max_seq_len=max_seq_len, compile=compile)
-        self.drafters = _drafters(model, speculation, self._reach, compiled=compile)
-        self.arms = _arms(speculation, self.drafters)
+        self.drafters = make_drafters(model, speculation, self._reach, compiled=compile)
+        self.arms = make_arms(speculation, self.drafters)
         widths = sorted({width_of(arm.drafts) for arm in (*self.arms, PLAIN)})
         self._rounds = Rounds(model.transformer, self.drafters, self._reach, widths=widths, compiled=compile)
         self.pace: Pace | None = None if speculation.count == AUTO else FixedPace(self.arms[0])
 
     def _owns_cache(self) -> bool:
-        draft = _own_model(self.model, self.speculation)
+        draft = own_model(self.model, self.speculation)
         return super()._owns_cache() and (draft is None or draft.cache_owner is self._token)
 
     def _own_cache(self) -> bool:
         if not super()._own_cache():
             return False
-        draft = _own_model(self.model, self.speculation)
+        draft = own_model(self.model, self.speculation)
         if draft is not None:
             capacity = self._reach + CHUNKS[-1]
             require_memory(
@@ -196,22 +118,28 @@ class SpeculativeEngine(Engine):
         self._launch(arm, filled, options, None)
 
     def _calibrate(self, options: GenerationOptions) -> None:
-        """Measure what `auto` chooses by: a round of every arm, a few times, the best counts."""
+        """Measure what `auto` chooses by: rounds of every arm in turn, a few times over; the best of each counts."""
         if self.pace:
             return
-        seconds = {}
-        for arm in (*self.arms, PLAIN):
-            times = []
-            for _ in range(CALIBRATIONS):
+        seconds: dict[Arm, float] = {}
+        begin = time.perf_counter()
+        for turn in range(CALIBRATIONS):
+            if turn > 2 and time.perf_counter() - begin > CALIBRATION_SECONDS:
+                break
+            for arm in (*self.arms, PLAIN):
                 self._start(self._idle_rows(SMALLEST, options), options)
+                self._drafted, self._behind = SMALLEST, False
                 synchronize(self.device)
                 start = time.perf_counter()
                 self._launch(arm, SMALLEST + 1, options, None)
                 synchronize(self.device)
-                times.append(time.perf_counter() - start)
-            seconds[arm] = min(times) / (self._rounds.burst if arm == PLAIN else 1)
-        self.pace = LivePace(seconds)
-        self._texts = []
+                took = (time.perf_counter() - start) / (self._rounds.burst if arm == PLAIN else 1)
+                seconds[arm] = min(took, seconds.get(arm, took))
+        ngram = [isinstance(drafter, NgramDrafter) for drafter in self.drafters]
+        self.pace = LivePace(
+            seconds, {number: NGRAM_HOPE if found else MODEL_HOPE for number, found in enumerate(ngram)}
+        )
+        self._texts, self._drafted = [], 0
 
     def _rows(
         self, lengths: Tensor, prompts: Sequence[Sequence[int]], samples: Sequence[int], options: SamplingOptions
@@ -312,52 +240,3 @@ class SpeculativeEngine(Engine):
             step = [queue.popleft() for queue in queues]
             logprobs = [token.logprob for token in step if token.logprob is not None]
             yield StepTokens([token.id for token in step], logprobs or None, [token.drafted for token in step])
-
-
-def _check(model: LoadedModel, speculation: Speculation) -> None:
-    """Raise `UsageError` where the target cannot be speculated about, or not with this draft."""
-    if model.transformer.rope.is_dynamic:
-        raise UsageError(
-            "--draft: this model's RoPE (dynamic NTK) turns a token by the length of its text, so tokens that are\n"
-            "verified together would differ from tokens that come one by one; leave --draft out"
-        )
-    draft = speculation.draft
-    if isinstance(draft, LoadedModel):
-        if draft.placement.device != model.placement.device:
-            raise UsageError(f"--draft: on {draft.placement.device}, the model on {model.placement.device}")
-        require_same_vocabulary(model, draft)
-
-
-def _own_model(model: LoadedModel, speculation: Speculation) -> Transformer | None:
-    """Return the draft's transformer if it has a cache of its own."""
-    draft = speculation.draft
-    return draft.transformer if isinstance(draft, LoadedModel) and draft.transformer is not model.transformer else None
-
-
-def _drafters(model: LoadedModel, speculation: Speculation, reach: int, *, compiled: bool) -> list[Drafter]:
-    """Return the draft's drafter and, where `auto` may choose, the n-gram drafter."""
-    transformer, draft = model.transformer, speculation.draft
-    vocab_size, layers = model.config.vocab_size, len(transformer.layers)
-    ngram = NgramDrafter(vocab_size, compiled=compiled)
-    if draft == "ngram":
-        return [ngram]
-    own = _own_model(model, speculation)
-    if own is not None:
-        drafter = ModelDrafter("model", own, vocab_size, reach, compiled=compiled)
-    else:
-        count = str(draft).removeprefix("self:") if isinstance(draft, str) else str(layers)
-        if not count.isdecimal() or not 1 <= int(count) <= layers:
-            raise UsageError(f"--draft {draft}: expected a model, ngram, none, or self:N with N from 1 to {layers}")
-        drafter = self_drafter(f"self:{count}", transformer, int(count), reach, compiled=compiled)
-    return [drafter, ngram] if speculation.count == AUTO else [drafter]
-
-
-def _arms(speculation: Speculation, drafters: Sequence[Drafter]) -> list[Arm]:
-    """Return the rounds among which to choose, plain decoding apart."""
-    if isinstance(speculation.count, int):
-        return [Arm(0, speculation.count)]
-    return [
-        Arm(number, count)
-        for number, drafter in enumerate(drafters)
-        for count in (NGRAM_COUNTS if isinstance(drafter, NgramDrafter) else MODEL_COUNTS)
-    ]

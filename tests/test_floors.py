@@ -10,7 +10,7 @@ PACKAGES = ("fastgen", "quantize", "tp")
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        r"fastgen\.(config|options|shapes|errors|files|json_file|manifest|staged|device|noise|sampling)",
+        r"fastgen\.(config|options|shapes|errors|files|json_file|manifest|staged|device|noise|sampling|acceptance)",
         r"fastgen\.tokenizer\.\w+",
         r"fastgen\.kernels\.(reference|rope)",
     ),
@@ -21,8 +21,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (r"tp\.(place|watch|dist|plan)",),
     (r"tp\.apply",),
     (r"fastgen\.load",),
-    (r"fastgen\.(completion|conversation|graphs|steps|engine|naive)",),
-    (r"fastgen\.(speculative|training\.\w+)",),
+    (r"fastgen\.(completion|conversation|graphs|readback|steps|drafters|rounds|pace|engine|naive)",),
+    (r"fastgen\.(speculation|tally|speculative|lossless|pairs|training\.\w+)",),
     (r"fastgen\.(scoring|cli|report|costs|diagnosis|benchmark|baseline)",),
     (r"fastgen\.(session|model_folder)",),
     (r"fastgen\.(generate|chat|bench|evaluate|train|convert|doctor)", r"quantize\.run"),

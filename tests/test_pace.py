@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fastgen.pace import PLAIN, Acceptance, Arm, LivePace
+from fastgen.pace import MODEL_HOPE, NGRAM_HOPE, PLAIN, Acceptance, Arm, LivePace
 
 PLAIN_STEP = 0.010
 COSTS = {  # in plain steps: a draft model of 0.12 steps, n-grams for nothing; verifying grows with the width
@@ -28,7 +28,7 @@ def simulate(
     `accept(drafter, at)` is the chance of a draft at that place of the text.
     """
     chance, arms = random.Random(seed), Counter()
-    pace = LivePace({arm: cost * PLAIN_STEP for arm, cost in COSTS.items()})
+    pace = LivePace({arm: cost * PLAIN_STEP for arm, cost in COSTS.items()}, {0: MODEL_HOPE, 1: NGRAM_HOPE})
     at, spent = 0, 0.0
     while at < tokens:
         arm = pace.choose()
@@ -78,7 +78,7 @@ def test_a_drafter_that_failed_is_tried_again() -> None:
 
 
 def test_acceptance_is_counted_by_place() -> None:
-    acceptance = Acceptance(7)
+    acceptance = Acceptance(7, MODEL_HOPE)
     for _ in range(200):
         acceptance.record(3, 2)  # the first two always stay, the third never does
     assert acceptance.tokens(2) == pytest.approx(3, abs=0.05)

@@ -1,0 +1,279 @@
+"""Speculation changes the time that a text takes, never the text: whatever drafts, however many, in any batch."""
+
+import itertools
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgen.engine import Engine
+from fastgen.errors import CapacityError, UsageError
+from fastgen.load import LoadedModel
+from fastgen.options import GenerationOptions, SamplingOptions
+from fastgen.pace import PLAIN, Arm
+from fastgen.rounds import MOST_DRAFTS
+from fastgen.sampling import adjust
+from fastgen.speculation import Speculation
+from fastgen.speculative import SpeculativeEngine
+from tests.chi_square import fit_p_value
+from tests.models import random_model
+from tests.test_engine import FAMILIES, text_of
+
+GREEDY = GenerationOptions(max_new_tokens=24, ignore_eos=True)
+SAMPLED = SamplingOptions(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=5)
+EVERY_FILTER = GenerationOptions(max_new_tokens=24, ignore_eos=True, logprobs=True, sampling=SAMPLED)
+CAPACITY = 128
+PROMPTS = [text_of(3, 1), text_of(40, 2), text_of(1, 3)]
+
+
+@pytest.fixture(scope="module")
+def target() -> LoadedModel:
+    return random_model()
+
+
+def draft_of(name: str, target: LoadedModel) -> LoadedModel | str:
+    """A draft that is always, sometimes or never right about `random_model()`."""
+    made = {"same": random_model, "random": lambda: random_model(1), "itself": lambda: target}
+    return made[name]() if name in made else name
+
+
+def texts(engine: Engine, prompts: list[list[int]], options: GenerationOptions) -> list[tuple[int, ...]]:
+    return [row.tokens for row in engine.generate(prompts, options)]
+
+
+DRAFTS = ["same", "itself", "random", "self:1", "ngram"]
+
+
+@pytest.mark.parametrize("options", [GREEDY, EVERY_FILTER], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_texts_are_plain_decodings_at_any_number_of_drafts(
+    target: LoadedModel, draft: str, options: GenerationOptions
+) -> None:
+    expected = [texts(Engine(target, max_seq_len=CAPACITY), [prompt], options)[0] for prompt in PROMPTS]
+    drafter = draft_of(draft, target)
+    for count in (1, 4, MOST_DRAFTS if draft == "same" else 7, "auto"):
+        engine = SpeculativeEngine(target, Speculation(draft=drafter, count=count), max_seq_len=CAPACITY)
+        assert [texts(engine, [prompt], options)[0] for prompt in PROMPTS] == expected, count
+        if draft in ("same", "itself") and count != "auto":
+            assert engine.tally.acceptance == 1
+            assert engine.tally.arms[Arm(0, count)] == -(-23 // (count + 1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_speculated_about(family: str) -> None:
+    target, draft = random_model(**FAMILIES[family]), random_model(seed=2, **FAMILIES[family])
+    expected = texts(Engine(target, max_seq_len=CAPACITY), [PROMPTS[1]], GREEDY)
+    for chosen in (draft, "self:1"):
+        engine = SpeculativeEngine(target, Speculation(draft=chosen, count=3), max_seq_len=CAPACITY)
+        assert texts(engine, [PROMPTS[1]], GREEDY) == expected
+
+
+@pytest.mark.parametrize("options", [GREEDY, EVERY_FILTER], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_rows_of_a_batch_accept_each_their_own(target: LoadedModel, draft: str, options: GenerationOptions) -> None:
+    plain = Engine(target, batch=3, max_seq_len=CAPACITY)
+    expected = plain.generate(PROMPTS, options)
+    for count in (3, "auto"):
+        speculation = Speculation(draft=draft_of(draft, target), count=count)
+        engine = SpeculativeEngine(target, speculation, batch=3, max_seq_len=CAPACITY)
+        found = engine.generate(PROMPTS, options)
+        assert [row.tokens for row in found] == [row.tokens for row in expected]
+        for row, plain_row in zip(found, expected, strict=True):
+            assert row.logprobs == pytest.approx(plain_row.logprobs, abs=1e-4)
+
+
+def test_a_text_may_fill_the_context_to_its_last_token(target: LoadedModel) -> None:
+    options = GenerationOptions(max_new_tokens=1000, ignore_eos=True)
+    expected = Engine(target, batch=2, max_seq_len=48).generate(PROMPTS[:2], options)
+    engine = SpeculativeEngine(target, Speculation(draft=random_model(), count=7), batch=2, max_seq_len=48)
+    found = engine.generate(PROMPTS[:2], options)
+    assert [row.tokens for row in found] == [row.tokens for row in expected]
+    assert [len(row.tokens) for row in found] == [45, 8]
+
+
+def test_stop_strings_end_tokens_and_limits_cut_where_they_cut_plain_texts(target: LoadedModel) -> None:
+    plain = Engine(target, max_seq_len=CAPACITY)
+    engine = SpeculativeEngine(target, Speculation(draft=random_model(), count=7), max_seq_len=CAPACITY)
+    whole = plain.generate([PROMPTS[0]], GREEDY)[0]
+    for options in (
+        GenerationOptions(max_new_tokens=24, ignore_eos=True, stop=(whole.text[5:7],)),
+        GenerationOptions(max_new_tokens=1),
+        GenerationOptions(max_new_tokens=10),
+    ):
+        assert engine.generate([PROMPTS[0]], options) == plain.generate([PROMPTS[0]], options)
+    original = target.tokenizer.stop_ids
+    target.tokenizer.stop_ids = frozenset({whole.tokens[9]})
+    ended = engine.generate([PROMPTS[0]], GenerationOptions(max_new_tokens=24))
+    target.tokenizer.stop_ids = original
+    assert ended[0].tokens == whole.tokens[: whole.tokens.index(whole.tokens[9]) + 1]
+
+
+def test_a_longer_prompt_goes_on_from_the_caches_of_both_models(target: LoadedModel) -> None:
+    engine = SpeculativeEngine(target, Speculation(draft=random_model(), count=3), max_seq_len=CAPACITY)
+    first = engine.generate([PROMPTS[1]], GREEDY)[0]
+    prompt = [*PROMPTS[1], *first.tokens, *text_of(9, 8)]
+    found = engine.generate([prompt], GREEDY)[0]
+    assert engine.timings.prefilled_tokens < 12
+    assert engine.tally.acceptance == 1, "the draft, which is the same model, has seen all of it too"
+    assert found.tokens == texts(Engine(target, max_seq_len=CAPACITY), [prompt], GREEDY)[0]
+
+
+def test_a_draft_catches_up_after_rounds_without_it(target: LoadedModel) -> None:
+    """Plain rounds and drafted ones in turns, as `auto` mixes them: the same model goes on being always right."""
+
+    class Turns:
+        arms = (Arm(0, 3), PLAIN)
+
+        def __init__(self) -> None:
+            self.order = itertools.cycle([PLAIN] * 5 + [Arm(0, 3)] * 2)
+
+        def choose(self) -> Arm:
+            return next(self.order)
+
+        def record(self, *learned: object) -> None:
+            pass
+
+    engine = SpeculativeEngine(target, Speculation(draft=random_model(), count=3), batch=2, max_seq_len=CAPACITY)
+    engine.pace = Turns()
+    options = GenerationOptions(max_new_tokens=60, ignore_eos=True)
+    found = texts(engine, PROMPTS[:2], options)
+    assert found == texts(Engine(target, batch=2, max_seq_len=CAPACITY), PROMPTS[:2], options)
+    assert engine.tally.acceptance == 1 and engine.tally.arms[PLAIN] > 5
+
+
+def test_pieces_say_which_tokens_were_drafted(target: LoadedModel) -> None:
+    engine = SpeculativeEngine(target, Speculation(draft=random_model(), count=3), max_seq_len=CAPACITY)
+    drafted = [piece.drafted for piece in engine.stream([PROMPTS[0]], GREEDY)]
+    assert drafted == [False] + [True, True, True, False] * 5 + [True, True, True]
+    assert not any(piece.drafted for piece in Engine(target, max_seq_len=CAPACITY).stream([PROMPTS[0]], GREEDY))
+
+
+def test_the_tally_adds_up(target: LoadedModel) -> None:
+    engine = SpeculativeEngine(target, Speculation(draft="self:1", count=4), batch=2, max_seq_len=CAPACITY)
+    engine.generate(PROMPTS[:2], GREEDY)
+    tally = engine.tally
+    assert tally.rounds == 2 * tally.arms[Arm(0, 4)] == tally.tried[1]
+    assert tally.kept.total() == sum(accepted * rounds for accepted, rounds in tally.accepted.items())
+    assert all(tally.tried[place + 1] == tally.kept[place] for place in (1, 2, 3))
+    assert 0 < tally.acceptance < 1
+    assert len(tally.draft_seconds) == len(tally.verify_seconds) == tally.arms[Arm(0, 4)]
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses every operation that reads a value of the device's on the host, or whose shape depends on one."""
+
+    WAITING = ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "unique", "is_nonzero")
+
+    def __torch_dispatch__(self, function: object, types: object, arguments: tuple = (), keywords: dict | None = None):
+        name = function.overloadpacket.__name__.rstrip("_")
+        assert name not in self.WAITING, f"a round waits for the device: {name}"
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("accept", ["coupled", "leviathan"])
+@pytest.mark.parametrize("draft", ["random", "self:1", "ngram"])
+def test_a_round_reads_nothing_on_the_host(target: LoadedModel, draft: str, accept: str) -> None:
+    """Drafting, verifying, accepting and moving on: no host synchronisation; the engine reads one result a round."""
+    speculation = Speculation(draft=draft_of(draft, target), count=3, accept=accept)
+    engine = SpeculativeEngine(target, speculation, batch=2, max_seq_len=CAPACITY)
+    engine.generate(PROMPTS[:2], EVERY_FILTER)
+    with torch.inference_mode(), NoHost():
+        for arm in (Arm(0, 3), PLAIN):
+            engine._launch(arm, 60, EVERY_FILTER, None)
+        with pytest.raises(AssertionError, match="waits for the device"):
+            engine._rounds.rows.positions.max().item()
+
+
+def test_leviathans_rule_is_greedy_decoding_without_a_temperature(target: LoadedModel) -> None:
+    expected = texts(Engine(target, max_seq_len=CAPACITY), [PROMPTS[0]], GREEDY)
+    speculation = Speculation(draft=random_model(1), count=3, accept="leviathan")
+    assert texts(SpeculativeEngine(target, speculation, max_seq_len=CAPACITY), [PROMPTS[0]], GREEDY) == expected
+
+
+@pytest.mark.parametrize("draft", ["random", "self:1", "ngram"])
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 6, "repetition_penalty": 1.3}], ids=["plain", "filtered"])
+def test_leviathans_texts_have_the_targets_distribution(draft: str, sampling: dict[str, float]) -> None:
+    """Of a whole engine: 20,000 texts over a vocabulary of ten, the pairs of tokens behind the likeliest first."""
+    target = random_model(vocab_size=10, max_seq_len=32)
+    drafter = random_model(1, vocab_size=10, max_seq_len=32) if draft == "random" else draft
+    prompt, batch = [3, 1, 4, 1], 2000
+    options = GenerationOptions(sampling=SamplingOptions(temperature=1.5, seed=3, **sampling))
+    chances, _ = pair_probabilities(target, prompt, options.sampling)
+    first = int(chances.argmax())
+    engine = SpeculativeEngine(target, Speculation(draft=drafter, count=3, accept="leviathan"), batch=batch)
+    pairs = torch.zeros(100)
+    for start in range(0, 20_000, batch):
+        steps = engine.tokens([prompt] * batch, options, samples=range(start, start + batch))
+        rows = torch.tensor([step.tokens for step in itertools.islice(steps, 3)]).T
+        chosen = rows[rows[:, 0] == first]
+        pairs += torch.bincount(chosen[:, 1] * 10 + chosen[:, 2], minlength=100)
+    second, third = pair_probabilities(target, [*prompt, first], options.sampling)
+    expected = (second[:, None] * third).flatten()
+    common = expected * pairs.sum() >= 5
+    counts = torch.cat((pairs[common], pairs[~common].sum()[None]))
+    assert fit_p_value(counts, torch.cat((expected[common], expected[~common].sum()[None]))) > 1e-3
+
+
+def pair_probabilities(
+    model: LoadedModel, prompt: list[int], sampling: SamplingOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact probabilities of the token behind a prompt [V], and of the one behind each of them [V, V]."""
+
+    def following(texts: list[list[int]]) -> torch.Tensor:
+        model.transformer.allocate_cache(len(texts), 32)
+        positions = torch.arange(len(texts[0]))
+        lengths = torch.full((len(texts),), len(texts[0]))
+        hidden = model.transformer(torch.tensor(texts), positions.repeat(len(texts), 1), positions, lengths)
+        seen = torch.zeros(len(texts), 10, dtype=torch.bool).scatter(1, torch.tensor(texts), True)
+        return adjust(model.transformer.logits(hidden[:, -1]), sampling, seen=seen).double().softmax(-1)
+
+    return following([prompt])[0], following([[*prompt, token] for token in range(10)])
+
+
+REFUSED = {
+    "count=16": "--speculate 16: expected 1 to 15 tokens a round, or auto",
+    "count=0": "--speculate 0: expected 1 to 15",
+    "accept='often'": "--accept often: expected coupled or leviathan",
+    "accept='leviathan'": "--accept leviathan: needs a fixed --speculate K",
+    "draft='self:9'": "--draft self:9: expected a model, ngram, none, or self:N with N from 1 to 2",
+    "draft='self:x'": "--draft self:x: expected",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_cannot_be_is_refused(target: LoadedModel, arguments: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(REFUSED[arguments])):
+        SpeculativeEngine(target, eval(f"Speculation({arguments})"), max_seq_len=CAPACITY)
+
+
+def test_a_draft_of_another_vocabulary_is_refused_with_the_first_difference(target: LoadedModel) -> None:
+    draft = random_model(1)
+    draft.tokenizer.token_bytes = lambda token: b"?" if token == 65 else bytes([token % 256])
+    with pytest.raises(UsageError, match=r"--draft random: its vocabulary is another: token 65 is b'\?' there"):
+        SpeculativeEngine(target, Speculation(draft=draft, count=3))
+
+
+def test_a_rotation_that_hangs_on_the_texts_length_is_refused() -> None:
+    from fastgen.config import RopeScaling
+
+    scaling = RopeScaling(kind="dynamic", factor=2.0, original_max_seq_len=64)
+    with pytest.raises(UsageError, match="dynamic NTK"):
+        SpeculativeEngine(random_model(rope_scaling=scaling), Speculation(count=3))
+
+
+def test_a_draft_cache_that_does_not_fit_says_so(target: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = random_model(1, n_layers=64)
+    monkeypatch.setattr("fastgen.device.free_memory", lambda device: 1_000_000)
+    with pytest.raises(CapacityError, match="the draft's KV cache needs"):
+        SpeculativeEngine(target, Speculation(draft=draft, count=3), max_seq_len=CAPACITY)
+
+
+def test_a_draft_that_another_engine_took_ends_the_text(target: LoadedModel) -> None:
+    draft = random_model(1)
+    speculation = Speculation(draft=draft, count=3)
+    first = SpeculativeEngine(target, speculation, max_seq_len=CAPACITY).stream([PROMPTS[0]], GREEDY)
+    next(first)
+    SpeculativeEngine(random_model(2), speculation, max_seq_len=CAPACITY)
+    with pytest.raises(UsageError, match="this text cannot go on"):
+        list(first)

@@ -1,0 +1,82 @@
+"""Compiled speculation gives plain eager tokens, and compiles nothing after its start; on a GPU it is two graphs."""
+
+import pytest
+import torch
+
+from fastgen.engine import Engine
+from fastgen.options import GenerationOptions, SamplingOptions
+from fastgen.speculation import Speculation
+from fastgen.speculative import SpeculativeEngine
+from tests.models import random_model
+from tests.test_engine import text_of
+
+GREEDY = GenerationOptions(max_new_tokens=24, ignore_eos=True)
+SAMPLING = SamplingOptions(temperature=0.9, top_k=40, top_p=0.9, repetition_penalty=1.1, seed=3)
+SAMPLED = GenerationOptions(max_new_tokens=24, ignore_eos=True, logprobs=True, sampling=SAMPLING)
+PROMPTS = [text_of(length, length) for length in (7, 300, 1, 130)]
+
+
+def check(engine: SpeculativeEngine, options: GenerationOptions) -> None:
+    """Warm up, generate texts of many lengths, and compare with plain decoding: eagerly on a CPU, else compiled too,
+    whose rounding compiled speculation shares."""
+    engine.warm_up(options)
+    prompts = [PROMPTS[at : at + engine.batch] for at in range(0, len(PROMPTS), engine.batch)]
+    found = [[row.tokens for row in engine.generate(group, options)] for group in prompts]
+    assert engine.recompiles == 0
+    plain = Engine(engine.model, batch=engine.batch)
+    assert found == [[row.tokens for row in plain.generate(group, options)] for group in prompts]
+
+
+@pytest.mark.parametrize("draft", ["model", "self:1"])
+def test_compiled_rounds_give_plain_tokens_and_nothing_recompiles(draft: str) -> None:
+    target = random_model(max_seq_len=400)
+    drafter = random_model(1, max_seq_len=400, n_layers=1) if draft == "model" else draft
+    check(SpeculativeEngine(target, Speculation(draft=drafter, count=3), compile=True), GREEDY)
+
+
+def test_auto_compiles_all_that_it_may_choose_beforehand() -> None:
+    target = random_model(max_seq_len=400)
+    engine = SpeculativeEngine(target, Speculation(draft=random_model(max_seq_len=400)), compile=True)
+    check(engine, SAMPLED)
+    other = SamplingOptions(temperature=0.5, top_k=40, top_p=0.7, repetition_penalty=1.3, seed=9)
+    engine.generate([PROMPTS[1]], GenerationOptions(max_new_tokens=60, logprobs=True, sampling=other))
+    assert engine.recompiles == 0, "other numbers are no other graph"
+
+
+def test_leviathans_rule_compiles_for_a_batch() -> None:
+    target, options = random_model(max_seq_len=400), SAMPLED
+    speculation = Speculation(draft=random_model(max_seq_len=400), count=2, accept="leviathan")
+    engine = SpeculativeEngine(target, speculation, batch=2, compile=True)
+    engine.warm_up(options)
+    eager = SpeculativeEngine(target, speculation, batch=2)
+    for group in (PROMPTS[:2], PROMPTS[2:]):
+        found = [row.tokens for row in engine.generate(group, options)]
+        assert found == [row.tokens for row in eager.generate(group, options)]
+    assert engine.recompiles == 0
+    assert eager.tally.acceptance > 0.95, "a draft that is the target is refused by rounding alone"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("draft", ["model", "self:1", "ngram"])
+@pytest.mark.parametrize("count", [3, "auto"])
+def test_rounds_in_cuda_graphs_give_plain_tokens(draft: str, count: int | str) -> None:
+    target = random_model(device="cuda", max_seq_len=400)
+    drafter = random_model(1, device="cuda", max_seq_len=400, n_layers=1) if draft == "model" else draft
+    engine = SpeculativeEngine(target, Speculation(draft=drafter, count=count), compile=True)
+    check(engine, SAMPLED)
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_nothing_while_it_queues_rounds() -> None:
+    target = random_model(device="cuda", max_seq_len=400)
+    engine = SpeculativeEngine(target, Speculation(draft=random_model(1, device="cuda"), count=3), compile=True)
+    engine.warm_up(GREEDY)
+    engine.generate([PROMPTS[0]], GREEDY)
+    with torch.inference_mode():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(8):
+                engine._launch(engine.arms[0], 60, GREEDY, None)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
