@@ -26,6 +26,9 @@ from fastgen.steps import Cases, Rows, Steps
 DRAFT_STREAM = 2
 """The noise that drafts are drawn with where they must not share the target's (`accept_or_resample`)."""
 
+MOST_DRAFTS = 15
+"""Tokens that a round drafts at most: with the text's last one, as many as the target's kernels take at once."""
+
 LONGEST_MATCH = 8
 """Tokens at the end of a text that the n-gram drafter compares."""
 
@@ -145,7 +148,8 @@ class NgramDrafter:
 
     def draft(self, rows: Rows, count: int, keys: Tensor, options: SamplingOptions, *, independent: bool) -> Draft:
         """See `Drafter.draft`; a guess that nothing is drawn for has probability 1."""
-        tokens = self._cases.run((rows.text.shape, count), self._continue, rows.text, rows.positions, count)
+        # Always as many as there may be: another count is no other graph.
+        tokens = self._cases.run(rows.text.shape, self._continue, rows.text, rows.positions, MOST_DRAFTS)[:, :count]
         return Draft(tokens, F.one_hot(tokens, self._vocab_size).float() if independent else None)
 
 

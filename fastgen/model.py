@@ -116,9 +116,10 @@ class Transformer(nn.Module):
         self.cache_owner = owner
         like = self.embedding.weight
         shape = (batch, self.config.n_kv_heads, capacity, self.config.head_dim)
-        for block in self.layers:
-            block.k_cache = torch.zeros(shape, dtype=like.dtype, device=like.device)
-            block.v_cache = torch.zeros_like(block.k_cache)
+        with torch.inference_mode(False):  # a graph that was compiled for a cache of ordinary tensors serves the next
+            for block in self.layers:
+                block.k_cache = torch.zeros(shape, dtype=like.dtype, device=like.device)
+                block.v_cache = torch.zeros_like(block.k_cache)
 
     def first_layers(self, count: int) -> "Transformer":
         """Return the model that stops after `count` layers: its modules, weights and KV cache are this one's."""

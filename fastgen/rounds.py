@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastgen.acceptance import Verdict, accept_equal, accept_or_resample
-from fastgen.drafters import Drafter
+from fastgen.drafters import MOST_DRAFTS, Drafter
 from fastgen.graphs import Graphs, bounds_below, burst_of, settle
 from fastgen.model import Transformer
 from fastgen.noise import NoiseKey, gumbel, uniform
@@ -26,10 +26,11 @@ from fastgen.options import SamplingOptions
 from fastgen.sampling import Knobs, adjust, log_probabilities, sample
 from fastgen.steps import Cases, Rows
 
-WIDTHS = (1, 2, 4, 8, 16)
+WIDTHS = (1, 2, 4, 8, MOST_DRAFTS + 1)
 """Tokens that the target takes at once."""
 
-MOST_DRAFTS = WIDTHS[-1] - 1
+SINGLE = 2
+"""The width of a single draft: a size of 1 is a special case to the compiler, and so a graph of its own."""
 
 SPARE = WIDTHS[-1] + 1
 """Places of a row's text behind the last position: a round may write there."""
@@ -216,9 +217,9 @@ class Rounds:
         tokens = drafts.tokens[:, :width].contiguous()
         probabilities = drafts.probabilities[:, : width - 1].contiguous() if self.independent else None
         case: tuple[object, ...] = ("verify", options, logprobs)
-        if self.compiled and len(self.widths) > 2 and tokens.shape[0] == 1:
+        if self.compiled and len(self.widths) > 2 and tokens.shape[0] == 1 and width > SINGLE:
             # One graph for all; that none exceeds 16 tokens is what quantized linears and kernels need to know.
-            torch._dynamo.mark_dynamic(tokens, 1, min=2, max=WIDTHS[-1])
+            torch._dynamo.mark_dynamic(tokens, 1, min=SINGLE + 1, max=WIDTHS[-1])
         else:
             case = (*case, width)
         arguments = (self.model, self.rows, tokens, probabilities, drafts.limit, self._keys(bound), options)

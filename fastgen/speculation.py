@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastgen.drafters import Drafter, ModelDrafter, NgramDrafter, self_drafter
+from fastgen.drafters import MOST_DRAFTS, Drafter, ModelDrafter, NgramDrafter, self_drafter
 from fastgen.errors import UsageError
 from fastgen.load import LoadedModel
 from fastgen.model import Transformer
 from fastgen.pace import Arm
-from fastgen.rounds import MOST_DRAFTS
 
 AUTO = "auto"
 MODEL_COUNTS, NGRAM_COUNTS = (1, 3, 7), (3, 7, 15)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgen.drafters import MOST_DRAFTS
 from fastgen.engine import Engine
 from fastgen.errors import CapacityError, UsageError
 from fastgen.load import LoadedModel
 from fastgen.options import GenerationOptions, SamplingOptions
 from fastgen.pace import PLAIN, Arm
-from fastgen.rounds import MOST_DRAFTS
 from fastgen.sampling import adjust
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
