@@ -184,6 +184,8 @@ class SpeculativeEngine(Engine):
                 if not self._behind:
                     self._drafted = min(places) - 1
                 yield from self._steps_of(queues)
+            self.model.ranks.at("decode")
+            self.model.ranks.check_interrupt()
 
     def _start(self, rows: Rows, options: GenerationOptions) -> None:
         sampled = options.sampling.temperature > 0
