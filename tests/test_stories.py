@@ -75,11 +75,13 @@ def test_the_readme_and_the_cards_say_what_was_measured(pair: tuple[LoadedModel,
     size = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
     assert size == found["asset_bytes"]
     readme = (ROOT / "README.md").read_text()
+    foreign = found["shipped"]["tinystories-v2-head.txt"]
     figures = [
         *(f"{parameters(model):,}" for model in pair), f"{found['draft']['validation_tokens']:,}",
         f"{target['loss']:.4f}", f"{draft['loss']:.4f}", f"{draft['agreement']:.1%}", f"{shipped['target_loss']:.4f}",
         f"{shipped['draft_loss']:.4f}", f"{shipped['agreement']:.1%}", f"{size / 1e6:.2f} MB",
-        f"{sum(found['seconds'].values()):.0f} s on one H200",
+        f"{sum(found['seconds'].values()):.0f} s on one H200", f"{foreign['agreement']:.1%}",
+        f"{foreign['target_loss']:.4f} | {foreign['draft_loss']:.4f}",
     ]  # fmt: skip
     assert not [figure for figure in figures if figure not in readme]
     for sample in found["samples"][:2]:

@@ -17,7 +17,7 @@ from fastgen.tokenizer.open import open_tokenizer
 from fastgen.train import main
 from fastgen.training.curve import can_draw
 from fastgen.training.lock import sole_run
-from fastgen.training.ranks import Ranks
+from fastgen.training.ranks import Ranks, told_once
 from fastgen.training.run import Run
 from fastgen.training.tokens import read_token_file, write_token_file
 from fastgen.training.trainer import Trainer
@@ -339,6 +339,16 @@ def test_one_process_speaks_for_all(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode and done.stderr.count("fastgen.train: --train-tokenizer and --tokenizer name two") == 1
+
+
+def test_of_many_processes_that_fail_the_first_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgen.training.ranks.LINGER", 0.0)
+    store = torch.distributed.HashStore()
+    with pytest.raises(UsageError, match="no text"), told_once(store):
+        raise UsageError("no text")
+    with pytest.raises(SystemExit) as ended, told_once(store):
+        raise CapacityError("no memory")
+    assert ended.value.code == CapacityError.exit_status
 
 
 def test_a_process_that_is_gone_is_named_and_other_errors_are_not_mistaken_for_it() -> None:

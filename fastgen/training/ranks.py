@@ -73,7 +73,7 @@ def joined_ranks(device: str | None) -> Iterator[tuple[Ranks, str | None]]:
         return
     store = _meet()
     try:
-        with _told_once(store):
+        with told_once(store):
             use_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
             if use_gpu:
                 device = _own_gpu(ranks)
@@ -121,7 +121,8 @@ def _own_gpu(ranks: Ranks) -> str:
 
 
 @contextmanager
-def _told_once(store: dist.Store) -> Iterator[None]:
+def told_once(store: dist.Store) -> Iterator[None]:
+    """Let the `FastgenError` of the first process that fails through; others end silently, with their status."""
     try:
         yield
     except FastgenError as error:
