@@ -67,7 +67,21 @@ def test_small_disks_are_refused_or_filled_without_a_trace(small_disk: Path, mon
     flags = ["--model", "stories", "--quant", "int4", "--device", "cpu", "--out", str(small_disk / "out")]
     with pytest.raises(CapacityError, match="nothing was written"):
         main(flags)
-    monkeypatch.setattr("quantize.run._check_space", lambda target, needed: None)
+    monkeypatch.setattr("fastgen.model_folder.require_space", lambda target, needed: None)
     with pytest.raises(CapacityError):
         main(flags)
     assert not os.listdir(small_disk)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("small_disk", range(5000, 9000, 1000), indirect=True)
+def test_disks_with_room_for_one_folder_keep_the_old_one(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = small_disk / "out"
+    flags = ["--model", "stories", "--device", "cpu", "--out", str(target)]
+    assert main([*flags, "--quant", "int4"]) == 0
+    for _ in range(2):
+        with pytest.raises(CapacityError):
+            main([*flags, "--quant", "int8", "--overwrite"])
+        assert not verify_manifest(target)
+        assert os.listdir(small_disk) == ["out"]
+        monkeypatch.setattr("fastgen.model_folder.require_space", lambda target, needed: None)
