@@ -44,8 +44,12 @@ def find_damage(folder: Path) -> list[str]:
     for name, entry in files.items():
         if not (folder / name).is_file():
             problems.append(f"{name}: missing")
-        elif _entry(folder / name) != entry:
-            problems.append(f"{name}: its content is not what was written")
+            continue
+        try:
+            if _entry(folder / name) != entry:
+                problems.append(f"{name}: its content is not what was written")
+        except OSError as error:
+            problems.append(f"{name}: cannot be read: {error.strerror}")
     return problems
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastgen.errors import CapacityError, UsageError
@@ -133,6 +133,8 @@ def _is_alive(process: int) -> bool:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
+        with suppress(OSError):
+            path.chmod(0o700)  # its files cannot be removed from one that was made read-only
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Folders that `quantize.run` writes: they load, here and elsewhere, damage is found, and mistakes are told."""
 
+import errno
 import json
 import os
 import random
@@ -299,7 +300,17 @@ def test_a_flag_that_contradicts_the_folder_is_refused(folders: dict[str, Path])
             load_model(folders["int4"], device="cpu", **{flag.replace("-", "_"): alone})
 
 
-def test_overwriting_replaces_a_folder_of_ours(folder: Path) -> None:
+def test_verify_names_what_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> dict[str, object]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("fastgen.manifest._entry", refuse)
+    assert "config.json: cannot be read: Permission denied" in verify_manifest(folder)
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o555])
+def test_overwriting_replaces_a_folder_of_ours(folder: Path, mode: int) -> None:
+    folder.chmod(mode)
     assert main(["--model", "stories", "--quant", "int8", "--out", str(folder), "--overwrite"]) == 0
     assert load_model(folder, device="cpu").format == "int8"
     assert (folder / NAME).exists()
