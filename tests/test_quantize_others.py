@@ -1,6 +1,7 @@
 """Folders that `quantize.run` writes, read by transformers and compressed-tensors: they predict what we predict."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastgen.load import load_model
+from fastgen.checkpoint.hf_save import save_hf
+from fastgen.config import ModelConfig
+from fastgen.load import load_model, resolve
 from quantize.run import main
+from tests.models import TINY, random_weights
 
 transformers = pytest.importorskip("transformers")
 compressed_tensors = pytest.importorskip("compressed_tensors")
@@ -30,8 +34,8 @@ ASYMMETRIC = {
 }
 
 
-def written(target: Path, flags: list[str]) -> Path:
-    assert main(["--model", "stories", "--out", str(target), "--device", "cpu", *flags]) == 0
+def written(target: Path, flags: list[str], model: str = "stories") -> Path:
+    assert main(["--model", model, "--out", str(target), "--device", "cpu", *flags]) == 0
     return target
 
 
@@ -53,6 +57,23 @@ def divergence(folder: Path, theirs: nn.Module) -> float:
 @pytest.mark.parametrize("name", SYMMETRIC)
 def test_transformers_loads_a_symmetric_folder_as_it_is(tmp_path: Path, name: str) -> None:
     folder = written(tmp_path / "out", SYMMETRIC[name])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert divergence(folder, theirs) < LIMIT
+
+
+@pytest.mark.parametrize(
+    "features",
+    [{"qkv_bias": True}, {"qk_norm": True}, {"tie_embeddings": True}, {"qkv_bias": True, "tie_embeddings": True}],
+    ids=str,
+)
+def test_transformers_loads_families_with_biases_norms_and_ties(tmp_path: Path, features: dict) -> None:
+    config = ModelConfig(**(TINY | {"dim": 64, "head_dim": 16, "hidden_dim": 96, "vocab_size": 2048} | features))
+    source = tmp_path / "source"
+    source.mkdir()
+    save_hf(source, config, random_weights(config, scale=0.2), torch.float32)
+    shutil.copy(resolve("stories") / "tokenizer.json", source)
+    flags = ["--quant", "int4", "--symmetric", "--keep", "layers.1.wqkv=int8"]
+    folder = written(tmp_path / "out", flags, model=str(source))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert divergence(folder, theirs) < LIMIT
 
