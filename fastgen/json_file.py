@@ -20,8 +20,11 @@ def read_json(path: Path) -> dict[str, object]:
     return parse_json(bytes(file.read(0, file.size)), path)
 
 
-def parse_json(raw: bytes, source: Path) -> dict[str, object]:
-    """Return the object that UTF-8 `raw` holds; `source` is named in errors. A key that occurs twice is an error."""
+def parse_json(raw: bytes, source: Path, *, strict: bool = False) -> dict[str, object]:
+    """Return the object that UTF-8 `raw` holds; `source` is named in errors. A key that occurs twice is an error.
+
+    If `strict`, so are a byte order mark and NaN, which Python's own writer puts into JSON.
+    """
 
     def without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
         entries = dict(pairs)
@@ -29,8 +32,14 @@ def parse_json(raw: bytes, source: Path) -> dict[str, object]:
             raise ValueError("a key occurs twice")
         return entries
 
+    def constant(name: str) -> float:
+        if strict:
+            raise ValueError(f"{name} is no JSON")
+        return float(name)
+
     try:
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=without_duplicates)
+        text = raw.decode("utf-8" if strict else "utf-8-sig")
+        value = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{source}: damaged JSON: {error}; fetch it again") from error
     if not isinstance(value, dict):

@@ -55,12 +55,18 @@ def random_matrix(
 
 
 def quantized_model(
-    *, bits: int = 4, group: int = 64, symmetric: bool = False, scattered: bool = False, skipped: tuple[str, ...] = ()
+    *,
+    bits: int = 4,
+    group: int = 64,
+    symmetric: bool = False,
+    scattered: bool = False,
+    skipped: tuple[str, ...] = (),
+    sizes: Mapping[str, object] = WIDE,
 ) -> tuple[Tensors, dict[str, Matrix]]:
     """Return the plain tensors of a random model, and its quantized linears, those apart whose names have a word of
     `skipped`."""
     generator = torch.Generator().manual_seed(bits + group)
-    plain, matrices = make_model(WIDE), {}
+    plain, matrices = make_model(sizes), {}
     for name in list(plain):
         module = name.removesuffix(".weight")
         if module.endswith(LINEARS) and not any(word in name for word in skipped):
@@ -71,9 +77,14 @@ def quantized_model(
     return {name: 0.1 * tensor if tensor.dim() == 2 else tensor for name, tensor in plain.items()}, matrices
 
 
-def write_folder(folder: Path, description: Mapping[str, object] | None, tensors: Mapping[str, torch.Tensor]) -> Path:
+def write_folder(
+    folder: Path,
+    description: Mapping[str, object] | None,
+    tensors: Mapping[str, torch.Tensor],
+    sizes: Mapping[str, object] = WIDE,
+) -> Path:
     folder.mkdir(parents=True)
-    config = WIDE if description is None else WIDE | {"quantization_config": description}
+    config = dict(sizes) if description is None else {**sizes, "quantization_config": description}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -94,9 +105,15 @@ def words_along_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def write_gptq(
-    folder: Path, plain: Tensors, matrices: Mapping[str, Matrix], *, version: int = 1, index: bool = True,
+    folder: Path,
+    plain: Tensors,
+    matrices: Mapping[str, Matrix],
+    *,
+    version: int = 1,
+    index: bool = True,
+    sizes: Mapping[str, object] = WIDE,
     **description: object,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write as AutoGPTQ (version 1) or GPTQModel (2) does: words along the input, of zero points along the output."""
     tensors = dict(plain)
     for name, matrix in matrices.items():
@@ -115,7 +132,7 @@ def write_gptq(
         "sym": False,
         "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
     }
-    return write_folder(folder, fields | description, tensors)
+    return write_folder(folder, fields | description, tensors, sizes)
 
 
 def awq_words(values: torch.Tensor) -> torch.Tensor:
@@ -128,7 +145,14 @@ def awq_words(values: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(words.view(np.int32))
 
 
-def write_awq(folder: Path, plain: Tensors, matrices: Mapping[str, Matrix], **description: object) -> Path:
+def write_awq(
+    folder: Path,
+    plain: Tensors,
+    matrices: Mapping[str, Matrix],
+    *,
+    sizes: Mapping[str, object] = WIDE,
+    **description: object,
+) -> Path:
     """Write as AutoAWQ does, in its `gemm` form."""
     tensors = dict(plain)
     for name, matrix in matrices.items():
@@ -138,7 +162,7 @@ def write_awq(folder: Path, plain: Tensors, matrices: Mapping[str, Matrix], **de
     fields = {"quant_method": "awq", "zero_point": True, "version": "gemm"}
     if "w_bit" not in description:  # as the first versions call it
         fields |= {"bits": 4, "group_size": 64}
-    return write_folder(folder, fields | description, tensors)
+    return write_folder(folder, fields | description, tensors, sizes)
 
 
 def write_compressed(
@@ -151,6 +175,7 @@ def write_compressed(
     symmetric: bool = False,
     group: int = 64,
     targets: tuple[str, ...] = ("Linear",),
+    sizes: Mapping[str, object] = WIDE,
     **weights: object,
 ) -> Path:
     """Write as compressed-tensors does, packed by its own code."""
@@ -185,7 +210,7 @@ def write_compressed(
         "quantization_status": "compressed",
         "version": "0.9.4",
     }
-    return write_folder(folder, description, tensors)
+    return write_folder(folder, description, tensors, sizes)
 
 
 GPT_FAST_NAMES = {

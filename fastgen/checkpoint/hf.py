@@ -111,7 +111,7 @@ def _within(index: Path, name: str) -> Path:
     path = index.parent / name
     try:
         target = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: a name that has no form in the file system
         raise ModelFileError(f"{index}: names the file {name!r:.100}, which is not there, or a broken link") from error
     if not target.is_relative_to(root):
         raise ModelFileError(f"{index}: the file {name!r} is a link that leads out of {root}, to {target}")
