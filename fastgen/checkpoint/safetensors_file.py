@@ -53,7 +53,7 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
             f"{path}: the header claims {length} bytes in a file of {file.size}: not a safetensors file, or truncated"
         )
     header = parse_json(bytes(file.read(8, length)), path, strict=True)
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ModelFileError(f"{path}: __metadata__ in its header is no map of texts: damaged; fetch it again")
     tensors = {name: _tensor(file, 8 + length, name, entry) for name, entry in header.items()}
