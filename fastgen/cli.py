@@ -62,7 +62,7 @@ class ComputeFlags(PlacementFlags):
 class TokenizerFlags:
     """How text becomes tokens."""
 
-    tokenizer: str | None = flag(None, "a tokenizer's file or folder, if not the model's own", metavar="PATH")
+    tokenizer: str | None = flag(None, "a tokenizer's file, folder or hub id, if not the model's own", metavar="PATH")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

