@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastgen.config import RopeScaling
 from fastgen.engine import Engine
 from fastgen.errors import CapacityError, ModelFileError, UsageError
 from fastgen.naive import generate_naively
@@ -72,6 +73,17 @@ def test_rows_reuse_the_cache_no_further_than_all_of_them_can() -> None:
     twin = random_model()
     for row, prompt in zip(second, (going_on, parting), strict=True):
         assert list(row.tokens) == generate_naively(twin, prompt, 9, options.sampling)
+
+
+def test_keys_that_dynamic_rope_turned_by_another_length_are_not_reused() -> None:
+    scaling = RopeScaling(kind="dynamic", factor=2.0, original_max_seq_len=16)
+    model, options = random_model(rope_scaling=scaling), GenerationOptions(max_new_tokens=8, ignore_eos=True)
+    prompt = text_of(40)
+    fresh = Engine(model).generate([prompt], options)
+    engine = Engine(model)
+    engine.generate([prompt[:20]], options)
+    assert engine.generate([prompt], options) == fresh
+    assert engine.timings.prefilled_tokens == 40
 
 
 def test_log_probabilities_are_the_models_own_before_penalty_temperature_and_filters() -> None:
