@@ -32,9 +32,9 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
+from fastgen.checkpoint.hf import INDEX, find_weights, read_shards
 from fastgen.errors import CapacityError, ModelFileError, NetworkError, UsageError
 from fastgen.hub_id import ID
-from fastgen.json_file import read_json
 from fastgen.tokenizer.open import NAMES
 from fastgen.tokenizer.save import FILES
 
@@ -130,17 +130,18 @@ def _cached(repo: str, revision: str | None, file: str | None, *, tokenizer: boo
 
 
 def _has_weights(folder: Path) -> bool:
+    """Return whether a snapshot has all that a model is read from; an interrupted download leaves less."""
     ggufs = list(folder.glob("*.gguf"))
     if len(ggufs) == 1 and ggufs[0].exists():
         return True
     if not (folder / "config.json").exists() or not any((folder / name).exists() for name in NAMES):
         return False
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return True
-    index = folder / "model.safetensors.index.json"
-    shards = read_json(index).get("weight_map") if index.exists() else None
-    return isinstance(shards, dict) and all((folder / str(shard)).exists() for shard in shards.values())
+    try:
+        weights = find_weights(folder)
+        names = set(read_shards(weights).values()) if weights.name.endswith(INDEX) else {weights.name}
+    except ModelFileError:
+        return False
+    return all((folder / name).exists() for name in names)
 
 
 def _needed(repo: str, names: Sequence[str], file: str | None, *, tokenizer: bool) -> list[str]:

@@ -182,6 +182,15 @@ def test_a_description_in_a_file_of_its_own_counts(tmp_path: Path) -> None:
         assert load(folder).format == "int4-g64-asym"
 
 
+def test_the_one_file_of_weights_may_have_any_name(tmp_path: Path) -> None:
+    folder = write_gptq(tmp_path / "model", *quantized_model())
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-64g.safetensors")
+    assert load(folder).format == "int4-g64-asym"
+    (folder / "b.safetensors").touch()
+    with pytest.raises(ModelFileError, match=r"none of model.safetensors, .* 2 other .safetensors files"):
+        open_checkpoint(folder)
+
+
 def test_biases_of_zeros_are_passed_over_and_others_are_not(tmp_path: Path) -> None:
     plain, matrices = quantized_model()
     bias = "model.layers.0.self_attn.q_proj.bias"

@@ -38,7 +38,7 @@ def open_hf(folder: Path, weights: Path | None = None) -> Checkpoint:
     if not os.path.lexists(description):
         raise ModelFileError(f"{description}: is missing; it says what the model in the weights beside it is")
     config = read_hf_config(description)
-    weights = weights or _find_weights(folder)
+    weights = weights or find_weights(folder)
     held, scheme = _read_weights(weights), HF
     notes: tuple[str, ...] = ()
     if is_gpt_fast(held):
@@ -60,18 +60,35 @@ def open_hf(folder: Path, weights: Path | None = None) -> Checkpoint:
     )
 
 
-def _find_weights(folder: Path) -> Path:
+def find_weights(folder: Path) -> Path:
+    """Return the weights' file or index in a folder: the first of `WEIGHTS`, else its one .safetensors file, which
+    quantizers give names of their own. Raises `ModelFileError` where there is none."""
     for name in WEIGHTS:
         if os.path.lexists(folder / name):
             return folder / name
-    raise ModelFileError(f"{folder}: has a config.json, but none of {', '.join(WEIGHTS)}")
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others[0]
+    found = f"{len(others)} other .safetensors files" if others else "no other .safetensors file"
+    raise ModelFileError(f"{folder}: has a config.json, but none of {', '.join(WEIGHTS)}, and {found}")
+
+
+def read_shards(index: Path) -> dict[str, str]:
+    """Return the shard of every tensor. Raises `ModelFileError` for names that are no plain files."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelFileError(f"{index}: no 'weight_map' from tensors to files")
+    for tensor, name in shards.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
+            raise ModelFileError(f"{index}: {tensor!r:.100} is put into {name!r:.100}, which is no plain file name")
+    return shards
 
 
 def _read_weights(path: Path) -> Mapping[str, LazyTensor]:
     """Return the tensors of one weight file, or of all shards of an index."""
     if not path.name.endswith(INDEX):
         return _read_file(path)
-    shards = _shards(path)
+    shards = read_shards(path)
     files = {name: _read_file(_within(path, name)) for name in dict.fromkeys(shards.values())}
     lost = [f"{tensor} (in {name})" for tensor, name in shards.items() if tensor not in files[name]]
     if lost:
@@ -86,17 +103,6 @@ def _read_file(path: Path) -> Mapping[str, LazyTensor]:
     file = RandomAccessFile(path)
     start = bytes(file.read(0, min(9, file.size)))
     return read_torch(path) if looks_like_torch(start) else read_safetensors(path)
-
-
-def _shards(index: Path) -> dict[str, str]:
-    """Return the shard of every tensor."""
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise ModelFileError(f"{index}: no 'weight_map' from tensors to files")
-    for tensor, name in shards.items():
-        if not isinstance(name, str) or name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
-            raise ModelFileError(f"{index}: {tensor!r:.100} is put into {name!r:.100}, which is no plain file name")
-    return shards
 
 
 def _within(index: Path, name: str) -> Path:
