@@ -125,6 +125,19 @@ def test_every_flipped_bit_is_found(tmp_path: Path, flips: int) -> None:
     assert not verify_manifest(folder)
 
 
+def test_a_manifest_in_other_bytes_is_damaged(tmp_path: Path) -> None:
+    folder = small_folder(tmp_path / "small")
+    content = json.loads((folder / NAME).read_bytes())
+    for damaged in (
+        json.dumps(content),
+        json.dumps(content | {"more": 1}, indent=1, sort_keys=True) + "\n\n",
+        "{}",
+        "[",
+    ):
+        (folder / NAME).write_text(damaged)
+        assert verify_manifest(folder) == [f"{NAME}: damaged"]
+
+
 def test_verify_names_what_is_damaged_missing_or_new(folder: Path) -> None:
     assert convert.main(["--verify", str(folder)]) == 0
     (folder / "tokenizer.json").unlink()
