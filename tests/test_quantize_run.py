@@ -79,6 +79,21 @@ def test_a_folder_is_complete_and_says_what_it_holds(folders: dict[str, Path]) -
     assert not verify_manifest(folder)
 
 
+def test_the_report_states_bits_and_errors(folders: dict[str, Path]) -> None:
+    report = json.loads((folders["int4"] / "quantize.json").read_text())
+    plain, stored = (load_model(source, device="cpu", dtype="fp32") for source in ("stories", folders["int4"]))
+    count = size = 0
+    for row in report["linears"]:
+        weight = plain.transformer.get_submodule(row["name"]).weight
+        back = stored.transformer.get_submodule(row["name"])(torch.eye(weight.shape[1])).T
+        assert row["relative_error"] == pytest.approx(((back - weight).norm() / weight.norm()).item(), rel=1e-4)
+        # A scale is bf16, a zero point 4 bits.
+        assert row["bits"] == (8 + 16 / weight.shape[1] if row["name"] == "lm_head" else 4 + (16 + 4) / 128)
+        assert 8 * row["bytes"] == row["bits"] * weight.numel()
+        count, size = count + weight.numel(), size + row["bytes"]
+    assert report["effective_bits"] == pytest.approx(8 * size / count)
+
+
 def test_measuring_compares_with_the_original(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little girl. She liked to play with her red ball in the park. " * 8)
