@@ -237,18 +237,18 @@ def _dividing(weight_format: WeightFormat, columns: int) -> WeightFormat:
 
 def locate(source: str | Path, *, revision: str | None = None, offline: bool = False) -> "Path | Download":
     """Return where a model is: a built-in name's path, a hub id's in the cache or what to download for it, else the
-    path itself (`./stories` is always a path).
+    path itself (`./stories` is always one, and so is every `Path`).
 
     Raises as `fastgen.hub.locate` does; `UsageError` for a revision of anything else.
     """
     name = str(source)
-    if is_id(name):
+    if isinstance(source, str) and is_id(name):
         return _on_hub(name, revision=revision, offline=offline)
     if revision is not None:
         raise UsageError(f"--revision {revision}: {name} is no model of the hub; leave it out")
-    if name == "smollm2":
+    if source == "smollm2":
         return _smollm2(offline)
-    return ASSETS / name if name in EMBEDDED else Path(source)
+    return ASSETS / name if source in EMBEDDED else Path(source)
 
 
 def resolve(source: str | Path, *, revision: str | None = None, offline: bool = False) -> Path:
@@ -259,9 +259,9 @@ def resolve(source: str | Path, *, revision: str | None = None, offline: bool = 
 
 def resolve_tokenizer(source: str | Path, offline: bool = False) -> Path:
     """Return the path of a tokenizer: that of a model of the hub, downloaded if it has to be, or the path itself."""
-    if not is_id(str(source)):
+    if isinstance(source, Path) or not is_id(source):
         return Path(source)
-    place = _on_hub(str(source), offline=offline, tokenizer=True)
+    place = _on_hub(source, offline=offline, tokenizer=True)
     return place if isinstance(place, Path) else place.run()
 
 

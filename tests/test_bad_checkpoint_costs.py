@@ -11,6 +11,7 @@ from tests.bad_hf_folders import HF_CASES
 from tests.test_foreign_quantized import BAD_QUANTIZED
 from tests.test_meta import META_CASES
 
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS, MEMORY = 1.0, 64 << 20
 
 CHILD = """
@@ -61,7 +62,9 @@ def builders() -> dict[str, object]:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_bad_checkpoint_of_any_form_is_refused_in_little_time_and_memory(tmp_path: Path) -> None:
     """CPU time, so that a busy machine does not count; most take a few milliseconds."""
-    child = subprocess.run([sys.executable, "-c", CHILD, tmp_path], capture_output=True, text=True, check=True)
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, tmp_path], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     rows = [line.split("\t") for line in child.stdout.splitlines()]
     assert len(rows) == len(builders()) >= 60
     assert not [name for name, outcome, *_ in rows if outcome != "refused"]

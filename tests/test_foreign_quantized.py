@@ -17,6 +17,7 @@ from tests.checkpoint_writers import Tensors
 from tests.quantized_writers import (
     Matrix,
     quantized_model,
+    random_matrix,
     write_awq,
     write_compressed,
     write_dequantized,
@@ -109,6 +110,17 @@ def test_logits_are_those_of_the_dequantized_weights(tmp_path: Path, case: str) 
     assert model.format == (expected or "fp32")
     lost = [name for name in model.checkpoint.notes if "dequantized" in name]
     assert len(lost) == (1 if not expected or case == "compressed-ignored-part" else 0)
+
+
+def test_a_quantized_head_stays_quantized(tmp_path: Path) -> None:
+    plain, matrices = quantized_model()
+    generator = torch.Generator().manual_seed(7)
+    del plain["lm_head.weight"]
+    matrices["lm_head"] = random_matrix((40, 256), generator, bits=4, group=64, symmetric=False, scattered=False)
+    model = load(write_gptq(tmp_path / "quantized", plain, matrices, lm_head=True))
+    assert str(model.formats["lm_head"]) == "int4-g64-asym"
+    reference = load(write_dequantized(tmp_path / "plain", plain, matrices))
+    torch.testing.assert_close(logits(model), logits(reference), rtol=0, atol=2e-4)
 
 
 def test_the_line_about_what_is_dequantized_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

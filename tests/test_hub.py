@@ -221,6 +221,9 @@ def test_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert is_id("meta-llama/Llama-3.2-1B") and is_id("a/b/c.Q4_0.gguf")
     for name in ("stories", "./a/b", "/a/b", "a/b/c", "../a/b", "models/x", "a/", "a b/c", "a/b\n", "-a/b", "~/b"):
         assert not is_id(name), name
+    assert load.locate("./no/such") == load.locate(Path("no/such")) == Path("no/such")
+    with pytest.raises(ModelFileError, match="no such file or folder"):
+        load.load_model(Path("no/such"))
     with pytest.raises(UsageError, match="--revision main: stories is no model of the hub"):
         load.locate("stories", revision="main")
     with pytest.raises(UsageError, match="no id"):
