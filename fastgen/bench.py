@@ -84,6 +84,7 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
     from fastgen.benchmark import Timing, record, time_engine
     from fastgen.device import choose_placement
     from fastgen.kernels.bandwidth import measure_read_bandwidth
+    from fastgen.load import use_kernels
 
     ranks, device = session.join_ranks(config)
     if config.baseline and ranks.world > 1:
@@ -102,10 +103,11 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
 
     for mode in config.modes.split(","):
         with phases.phase(mode, name):
+            use_kernels(model, config.kernels, compile=mode == "compile")
             timing = time_engine(
                 model, compile=mode == "compile", batch=config.batch, repeats=config.repeats, **workload
             )
-        yield row(timing, "fastgen", mode if config.kernels == "reference" else f"{mode}, {config.kernels}")
+        yield row(timing, "fastgen", mode if config.kernels == "auto" else f"{mode}, {config.kernels}")
     if config.baseline:
         with phases.phase("baseline", "transformers"):
             timing = time_transformers(model.config, placement, compiled=True, repeats=config.repeats, **workload)
@@ -114,7 +116,7 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
 
 def _load(config: BenchConfig, name: str, placement: "Placement", ranks: "Ranks", phases: cli.Phases) -> "LoadedModel":
     from fastgen import session
-    from fastgen.load import make_scheme, random_model, use_kernels
+    from fastgen.load import make_scheme, random_model
     from fastgen.shapes import shape
 
     if not config.shape:
@@ -122,7 +124,6 @@ def _load(config: BenchConfig, name: str, placement: "Placement", ranks: "Ranks"
     with phases.phase("load", name):
         scheme = make_scheme(config.quant, group_size=config.group_size, symmetric=config.symmetric, keep=config.keep)
         model = random_model(shape(name), placement, scheme=scheme, ranks=ranks)
-    use_kernels(model, config.kernels)
     return model
 
 

@@ -111,7 +111,11 @@ class ModelFlags(SourceFlags, QuantFlags, ComputeFlags, RankFlags):
     """A model to generate with."""
 
     kv_cache: str | None = flag(None, "format of the KV cache", choices=("int8",))
-    kernels: str = flag("reference", "what runs the model's block (default reference)", choices=("reference", "fused"))
+    kernels: str = flag(
+        "auto",
+        "what runs the model's stages (default auto: fused with --compile)",
+        choices=("auto", "reference", "fused"),
+    )
     fail_on_recompile: bool = flag(False, "with --compile: end with an error if anything compiles after the start")
     max_seq_len: int | None = flag(
         None, "tokens that the KV cache holds (default: what is needed)", type=int, metavar="N"

@@ -90,7 +90,7 @@ class Engine:
         self._generation: object = None  # which one the cache's content belongs to
         self._warm_count = 0
         self._own_cache()
-        self._steps = Steps(model.transformer, self._reach, compiled=compile)
+        self._steps = Steps(model.transformer, self._reach, compiled=compile, batch=batch)
 
     @property
     def compiled(self) -> bool:

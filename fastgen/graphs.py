@@ -76,13 +76,14 @@ class Graphs:
 class GraphDecoder:
     """Captures and replays graphs of `burst` steps.
 
+    `bounds` are the numbers of positions that a graph may read, the last of them `reach`.
     `step(rows, filled, options, logprobs=...)` makes one step that reads `filled` positions and returns a named tuple
     with `token` and `logprob` (or None), [B] each; `rows` is a named tuple of tensors with `token` and `positions`.
     """
 
-    def __init__(self, step: Callable[..., Any], reach: int, weight_bytes: int) -> None:
+    def __init__(self, step: Callable[..., Any], reach: int, weight_bytes: int, bounds: list[int]) -> None:
         self.burst = burst_of(weight_bytes)
-        self.bounds = bounds_below(reach)
+        self.bounds = bounds
         self._step = step
         self._reach = reach
         self._rows: Any = None
@@ -112,9 +113,9 @@ class GraphDecoder:
 
     def _steps(self, bound: int, options: Any, logprobs: bool) -> Any:
         rows, choices = self._rows, []
-        for _ in range(self.burst):
+        ahead = torch.arange(1, self.burst + 1, device=rows.positions.device)[:, None]
+        for following in (rows.positions + ahead).clamp(max=self._reach - 1):  # at once: a launch costs a microsecond
             choice = self._step(rows, bound, options, logprobs=logprobs)
-            following = (rows.positions + 1).clamp(max=self._reach - 1)
             rows = rows._replace(token=choice.token, positions=following)
             choices.append(choice)
         self._rows.token.copy_(rows.token)

@@ -129,17 +129,21 @@ def load_model(
     )  # fmt: skip
 
 
-def use_kernels(model: LoadedModel, name: str) -> None:
-    """Run the model's block with the stages of that name: "reference" (PyTorch) or "fused" (Triton, on CUDA).
+def use_kernels(model: LoadedModel, name: str, *, compile: bool) -> None:
+    """Run the model's stages as "reference" (PyTorch), "fused" (Triton, on CUDA), or "auto": fused in a run that
+    compiles, where that leaves no stage to PyTorch.
 
     Raises:
         UsageError: the device or the dtype is not one that the kernels are made for.
     """
     device, dtype = model.placement.device, model.placement.dtype
+    made_for = device.type == "cuda" and dtype != torch.float32
+    if name == "auto":
+        name = "fused" if compile and made_for and not model.formats and not model.plan else "reference"
     if name == "reference":
         model.transformer.stages = _over_ranks(model, reference)
         return
-    if device.type != "cuda" or dtype == torch.float32:
+    if not made_for:
         raise UsageError(f"--kernels {name}: only on CUDA in bf16 or fp16, not on {device} in {dtype}")
     from fastgen.kernels import fused  # noqa: PLC0415  (Triton, which CPU builds of torch lack)
 

@@ -33,12 +33,14 @@ from fastgen.sampling import WHOLE, Vocabulary
 class Stages(Protocol):
     """The namespace of stages that a model is handed; `fastgen.kernels.reference` defines each."""
 
+    rotations: Callable[..., Tensor]
     embed: Callable[..., Tensor]
     norm_linear: Callable[..., Tensor]
     attend: Callable[..., Tensor]
     linear_add: Callable[..., Tensor]
     norm_swiglu: Callable[..., Tensor]
     head: Callable[..., Tensor]
+    greedy_head: Callable[..., Tensor]
 
 
 class PartialStages(Stages, Protocol):
@@ -140,7 +142,7 @@ class Transformer(nn.Module):
         Returns:
             [B, T, D].
         """
-        step = Step(positions, key_positions, self.rope(positions, lengths))
+        step = Step(positions, key_positions, self.stages.rotations(positions, lengths, self.rope))
         x = self.stages.embed(tokens, self.embedding)
         for block in self.layers:
             x = run_as_region(block, x, step, self.stages) if self.by_region else block(x, step, self.stages)
@@ -153,6 +155,10 @@ class Transformer(nn.Module):
     def own_logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of the part of the vocabulary, `self.vocabulary`, that this model's head knows."""
         return self.stages.head(hidden, self.norm, self.lm_head)
+
+    def greedy_token(self, hidden: Tensor) -> Tensor:
+        """Return the token [..] of the largest logit of `forward`'s output [.., D], where the vocabulary is whole."""
+        return self.stages.greedy_head(hidden, self.norm, self.lm_head)
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a decode step of one text must read: every parameter once, of an embedding that

@@ -34,6 +34,11 @@ class SamplingOptions:
             if not met:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
 
+    @property
+    def takes_largest(self) -> bool:
+        """Whether the token is that of the largest logit, whatever came before it."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
     def structure(self) -> "SamplingOptions":
         """Return these options with every number replaced that a compiled step reads from the device.
 

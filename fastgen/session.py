@@ -51,7 +51,7 @@ def load(config: cli.ModelFlags, phases: cli.Phases, name: str | None = None) ->
             check_ranks=config.check_ranks,
         )
     phases.note(model.checkpoint.notes)
-    use_kernels(model, config.kernels)
+    use_kernels(model, config.kernels, compile=config.compile)
     return model
 
 

@@ -5,7 +5,8 @@ dynamic sizes, so one graph of each step serves every prompt: nothing recompiles
 (`count_compilations` counts; `--fail-on-recompile` enforces). On a CPU a block is compiled once and called for every
 layer, which takes a third of the time; on a GPU the step is compiled flat, and CUDA graphs of several steps
 (`fastgen.graphs`) take the launches off the host: what mode="reduce-overhead" is for, without its copies of inputs
-and outputs at every step.
+and outputs at every step. Where the model's stages are kernels (`fastgen.kernels.fused`), only the choice of a
+sampled token is left to torch.compile; prompts then go through plain PyTorch, whose time is that of the matmuls.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from fastgen.graphs import GraphDecoder
+from fastgen.graphs import GraphDecoder, bounds_below
 from fastgen.model import Transformer
 from fastgen.noise import NoiseKey
 from fastgen.options import SamplingOptions
@@ -76,7 +77,10 @@ def choose_token(
     model: Transformer, hidden: Tensor, positions: Tensor, rows: Rows, options: SamplingOptions, *, logprobs: bool
 ) -> Choice:
     """Return the next token from hidden states [B, D]; `positions` [B] is where it will stand."""
-    logits, vocabulary = model.own_logits(hidden), model.vocabulary
+    vocabulary = model.vocabulary
+    if options.takes_largest and not logprobs and vocabulary.is_whole:
+        return Choice(model.greedy_token(hidden), None)
+    logits = model.own_logits(hidden)
     key = NoiseKey(seed=rows.seed, sample=rows.samples, position=positions)
     knobs = Knobs(*rows.knobs.unbind())
     token = sample(logits, options, key=key, seen=rows.seen, knobs=knobs, vocabulary=vocabulary)
@@ -87,15 +91,23 @@ def choose_token(
 
 
 def decode_one_token(
-    model: Transformer, rows: Rows, keys: Tensor, options: SamplingOptions, *, logprobs: bool
+    model: Transformer,
+    rows: Rows,
+    keys: Tensor,
+    options: SamplingOptions,
+    *,
+    logprobs: bool,
+    choose: Callable[..., Choice] = choose_token,
 ) -> Choice:
-    """Append each row's token to its text, and return the token that follows.
+    """Append each row's token to its text, and return the token that follows; `choose` is `choose_token`, compiled.
 
     An invalid token is fed as 0: the device goes on, and the host raises when it reads it.
     """
-    following = rows.positions + 1
-    hidden = model(rows.token[:, None].clamp(min=0), rows.positions[:, None], keys, following)
-    return choose_token(model, hidden[:, 0], following, rows, options, logprobs=logprobs)
+    following = rows.positions
+    if model.rope.is_dynamic or not options.takes_largest:  # who else looks would cost a launch
+        following = following + 1
+    hidden = model(rows.token[:, None], rows.positions[:, None], keys, following)
+    return choose(model, hidden[:, 0], following, rows, options, logprobs=logprobs)
 
 
 def chunks(start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -114,7 +126,7 @@ class Steps:
     special case to the compiler, and so another graph. `decode` makes `burst` steps a call.
     """
 
-    def __init__(self, model: Transformer, reach: int, *, compiled: bool) -> None:
+    def __init__(self, model: Transformer, reach: int, *, compiled: bool, batch: int = 1) -> None:
         self.model = model
         self.compiled = compiled
         self.burst = 1
@@ -126,11 +138,16 @@ class Steps:
         self._cases = Cases(compiled)
         on_gpu = model.embedding.weight.is_cuda
         model.by_region |= compiled and not on_gpu
-        if compiled:
-            compile_step = partial(torch.compile, fullgraph=True, dynamic=False)
+        compile_step = partial(torch.compile, fullgraph=True, dynamic=False)
+        self._by_kernels = compiled and on_gpu and covered_by_kernels(model, batch)
+        if self._by_kernels:
+            self._choose = compile_step(choose_token)
+        elif compiled:
             self._prefill, self._decode = compile_step(prefill), compile_step(decode_one_token)
         if compiled and on_gpu:
-            self._graphs = GraphDecoder(self._decode_eagerly, reach, model.weight_bytes())
+            # Kernels read where a text ends on the device: one graph serves every length.
+            bounds = [reach] if self._by_kernels else bounds_below(reach)
+            self._graphs = GraphDecoder(self._decode_eagerly, reach, model.weight_bytes(), bounds)
             self.burst = self._graphs.burst
 
     def prefill(self, tokens: Tensor, start: int, lengths: Tensor) -> Tensor:
@@ -139,7 +156,7 @@ class Steps:
         # A slice of one row counts as contiguous with any stride, and the strides are part of the compiled graph.
         tokens = tokens.clone(memory_format=torch.contiguous_format)
         positions = self._positions[start : start + width].repeat(tokens.shape[0], 1)
-        if self.compiled:
+        if self.compiled and not self._by_kernels:
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(positions, 1)
         keys = self._keys(start + width)
@@ -188,11 +205,13 @@ class Steps:
     def _decode_eagerly(self, rows: Rows, filled: int, options: SamplingOptions, *, logprobs: bool) -> Choice:
         case = ("decode", options, logprobs, rows.token.shape[0], rows.seen.shape)
         step = partial(self._decode, logprobs=logprobs)
+        if self._by_kernels and (logprobs or not options.takes_largest):
+            step = partial(step, choose=self._choose)
         return self._cases.run(case, step, self.model, rows, self._keys(filled), options)
 
     def _keys(self, filled: int) -> Tensor:
         keys = self._positions[:filled]
-        if self.compiled:
+        if self.compiled and not self._by_kernels:
             torch._dynamo.mark_dynamic(keys, 0)
         return keys
 
@@ -213,6 +232,12 @@ class Cases:
             result = step(*arguments)
         self._seen.add(case)
         return result
+
+
+def covered_by_kernels(model: Transformer, batch: int) -> bool:
+    """Whether a decode step of `batch` texts is nothing but kernels, which leave torch.compile nothing to do."""
+    covers = getattr(model.stages, "covers", None)
+    return covers is not None and covers(model, batch)
 
 
 def count_compilations() -> int:

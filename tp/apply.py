@@ -28,7 +28,8 @@ class ShardedStages:
         self.embed: Callable[..., Tensor] = self._embed
         self.linear_add: Callable[..., Tensor] = self._linear_add
         self.norm_linear, self.norm_swiglu = stages.norm_linear, stages.norm_swiglu
-        self.attend, self.head = stages.attend, stages.head
+        self.rotations, self.attend = stages.rotations, stages.attend
+        self.head, self.greedy_head = stages.head, stages.greedy_head
 
     def _embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """See `reference.embed`; the rank that knows a token gives its row, the others zeros."""

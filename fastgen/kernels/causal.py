@@ -23,12 +23,14 @@ class CausalStages:
     """Stages of a model with `n_kv_heads` key/value heads, which only a cache would tell otherwise."""
 
     def __init__(self, n_kv_heads: int) -> None:
+        self.rotations: Callable[..., Tensor] = reference.rotations
         self.embed: Callable[..., Tensor] = reference.embed
         self.norm_linear: Callable[..., Tensor] = reference.norm_linear
         self.attend: Callable[..., Tensor] = partial(attend, n_kv_heads=n_kv_heads)
         self.linear_add: Callable[..., Tensor] = reference.linear_add
         self.norm_swiglu: Callable[..., Tensor] = reference.norm_swiglu
         self.head: Callable[..., Tensor] = reference.head
+        self.greedy_head: Callable[..., Tensor] = reference.greedy_head
 
 
 def attend(

@@ -12,19 +12,42 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.kernels import attend as _attend
+from fastgen.kernels import entry as _entry
 from fastgen.kernels import head as _head
 from fastgen.kernels import launch, reference
 from fastgen.kernels import linear_add as _linear_add
 from fastgen.kernels import norm_linear as _norm_linear
 from fastgen.kernels import norm_swiglu as _norm_swiglu
 from fastgen.kernels.reference import Step
+from fastgen.kernels.rope import Rope
 
-embed = reference.embed
+LINEARS = ("wqkv", "wo", "w_gate_up", "w_down", "lm_head")
+
+
+def covers(model: nn.Module, tokens: int) -> bool:
+    """Whether every stage of a model runs as a kernel for `tokens` tokens."""
+    linears = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in LINEARS]
+    plain = all(isinstance(linear, nn.Linear) and _narrow(linear.weight) for linear in linears)
+    return plain and tokens <= launch.MAX_TOKENS
 
 
 def prepare(device: torch.device) -> None:
     """Allocate what the kernels keep on a device; call it before a CUDA graph is captured."""
     launch.workspace(device)
+
+
+def rotations(positions: Tensor, lengths: Tensor, rope: Rope) -> Tensor:
+    """See `reference.rotations`."""
+    if rope.is_dynamic or not positions.is_cuda or positions.numel() > launch.MAX_TOKENS:
+        return reference.rotations(positions, lengths, rope)
+    return _entry.rotations(positions, rope.frequencies, rope.attention_factor)
+
+
+def embed(tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+    """See `reference.embed`."""
+    if not _narrow(embedding.weight) or tokens.numel() > launch.MAX_TOKENS:
+        return reference.embed(tokens, embedding)
+    return _entry.embed(tokens, embedding.weight)
 
 
 def norm_linear(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
@@ -63,12 +86,10 @@ def head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
 
 
 def greedy_head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
-    """Return the tokens [..] int64 of the largest logits of `head(x, norm, linear)`, -1 where there is none."""
+    """See `reference.greedy_head`."""
     if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
         return _head.greedy_head(x, norm.weight, _eps(norm), linear.weight, linear.bias)
-    logits = reference.head(x, norm, linear)
-    largest, token = logits.max(dim=-1)
-    return torch.where(largest.isfinite(), token, -1)
+    return reference.greedy_head(x, norm, linear)
 
 
 def attend(
@@ -94,8 +115,11 @@ def attend(
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
     tokens = x.numel() // x.shape[-1]
-    narrow = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x.dtype
-    return x.is_cuda and narrow and tokens <= launch.MAX_TOKENS
+    return _narrow(x) and weight.dtype == x.dtype and tokens <= launch.MAX_TOKENS
+
+
+def _narrow(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _eps(norm: nn.RMSNorm) -> float:

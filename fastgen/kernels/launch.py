@@ -6,6 +6,8 @@ that is what keeps verified tokens equal to decoded ones.
 """
 
 import functools
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,30 +39,42 @@ class Shape(NamedTuple):
     early: bool
 
 
-Shapes = tuple[Shape, Shape, Shape]
-"""For 1, up to 8, and up to 16 tokens. `splits` and `block` are the same in all three."""
+DEFAULT = (Shape(4, 128, 16, 4, 2, True), Shape(4, 128, 16, 4, 2, True), Shape(4, 128, 16, 3, 2, False))
+"""For 1, up to 8, and up to 16 tokens, on GPUs that nobody has tuned for."""
 
-DEFAULT: Shapes = (Shape(4, 128, 16, 4, 2, True), Shape(4, 128, 16, 4, 2, True), Shape(4, 128, 16, 3, 2, False))
-"""On GPUs that nobody has tuned for."""
-
-_NORMED: Shapes = (Shape(4, 128, 16, 6, 2, True), Shape(4, 128, 64, 3, 1, False), Shape(4, 128, 64, 3, 1, False))
-
-SHAPES: dict[str, dict[str, Shapes]] = {
-    "NVIDIA H200": {
-        "norm_linear": _NORMED,
-        "norm_swiglu": _NORMED,
-        "linear_add": (Shape(4, 128, 16, 6, 2, True), Shape(4, 128, 32, 4, 2, False), Shape(4, 128, 32, 4, 1, False)),
-        "head": _NORMED,
-    },
-}
-"""Shapes by GPU and stage."""
+TABLE = Path(__file__).with_name("shapes.json")
+"""The shapes that `scripts/tune` found, by GPU and stage; three each, as in `DEFAULT`."""
 
 
 def choose(device: torch.device, stage: str, n: int, width: int, tokens: int) -> Shape:
     """Return the shape in which a stage multiplies [n, width] weights with `tokens` tokens."""
-    shapes = SHAPES.get(_name(device), {}).get(stage, DEFAULT)
-    shape = shapes[0 if tokens == 1 else 1 if tokens <= 8 else 2]
+    shapes = table().get(_name(device), {}).get(stage, DEFAULT)
+    return fitted(shapes[column(tokens)], width)
+
+
+def column(tokens: int) -> int:
+    """Return which of a stage's three shapes is for so many tokens."""
+    return 0 if tokens == 1 else 1 if tokens <= 8 else 2
+
+
+def fitted(shape: Shape, width: int) -> Shape:
+    """Return the shape with a block that is no wider than the input."""
     return shape._replace(block=max(16, min(shape.block, next_power_of_two(width) // shape.splits)))
+
+
+@functools.cache
+def table() -> dict[str, dict[str, tuple[Shape, ...]]]:
+    """Return the committed shapes."""
+    stored = json.loads(TABLE.read_text())
+    return {
+        gpu: {stage: tuple(Shape(*row) for row in rows) for stage, rows in stages.items()}
+        for gpu, stages in stored.items()
+    }
+
+
+def device_name() -> str:
+    """Return the name under which this machine's GPU stands in the table."""
+    return _name(torch.device("cuda"))
 
 
 def programs(device: torch.device, shape: Shape, blocks: int) -> int:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.kernels.rope import apply_rope
+from fastgen.kernels.rope import Rope, apply_rope
+from fastgen.sampling import best_token
 
 
 class Step(NamedTuple):
@@ -43,9 +44,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale * weight.float()).to(x.dtype)
 
 
+def rotations(positions: Tensor, lengths: Tensor, rope: Rope) -> Tensor:
+    """Return `Step.rope` of positions [B, T] in texts of lengths [B]."""
+    return rope(positions, lengths)
+
+
 def embed(tokens: Tensor, embedding: nn.Embedding) -> Tensor:
-    """Return the rows of the embedding: tokens [B, T] int64 -> [B, T, D]."""
-    return F.embedding(tokens, embedding.weight)
+    """Return the rows of the embedding: tokens [B, T] int64 -> [B, T, D]; a token that is none (-1) gives row 0."""
+    return F.embedding(tokens.clamp(min=0), embedding.weight)
 
 
 def norm_linear(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
@@ -72,6 +78,11 @@ def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:
 def head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """Return the logits linear(rms_norm(x)) in fp32: x [.., D] -> [.., V]."""
     return linear(_normalize(x, norm)).float()
+
+
+def greedy_head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
+    """Return the tokens [..] int64 of the largest logits of `head`, or what `best_token` says of them."""
+    return best_token(head(x, norm, linear))
 
 
 def attend(
