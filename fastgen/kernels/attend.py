@@ -27,7 +27,6 @@ from fastgen.kernels import launch
 
 ROWS = 16  # rows of a program, the smallest tile of the tensor cores
 TILE = 64  # positions
-CHUNK = 4  # tiles that a program takes in a row
 WARPS = 8
 REGISTERS = 168  # a thread; what is left lets the next kernel copy its first weights meanwhile
 
@@ -44,6 +43,7 @@ def attend(
     eps: float,
     scale: float,
     window: int,
+    upcoming: Tensor | None = None,
 ) -> Tensor:
     """Return [B, T, H d]; see `reference.attend`.
 
@@ -53,6 +53,7 @@ def attend(
         positions: [B, T] int64, consecutive in a row.
         rope: [B, T, d] float32.
         q_norm, k_norm: [d], both or neither.
+        upcoming: [n, H d], 16 bits a value, the weight of the next linear.
     """
     B, T, width = qkv.shape
     K, S, d = k_cache.shape[1:]
@@ -62,10 +63,14 @@ def attend(
     cells = B * K * groups
     partial = torch.empty(cells * splits * ROWS * (d + 2), dtype=torch.float32, device=qkv.device)
     dependent = launch.dependent_launch(qkv.device)
+    up_rows, up_width = (0, 0) if upcoming is None else upcoming.shape
+    fetched = bool(dependent) and up_width > 0 and up_width % 512 == 0
+    up_rounds = min(2, triton.cdiv(up_rows * (up_width // 512), cells * splits * 256)) if fetched else 0
     attend_kernel[(cells, splits)](
         qkv.contiguous(), k_cache, v_cache, positions.contiguous(), rope.contiguous(), q_norm, k_norm,
         out, partial, launch.workspace(qkv.device), eps, scale * 1.4426950408889634, window, T, S,
-        K=K, G=H // K, D=d, HALF=max(16, launch.next_power_of_two(d // 2)), ROWS=ROWS, TILE=TILE, CHUNK=CHUNK,
+        upcoming, up_rows, up_width, UP_ROUNDS=up_rounds,
+        K=K, G=H // K, D=d, HALF=max(16, launch.next_power_of_two(d // 2)), ROWS=ROWS, TILE=TILE,
         SPLITS=splits, NORM=q_norm is not None, PDL=bool(dependent), num_warps=WARPS, num_stages=1,
         maxnreg=REGISTERS, **dependent,
     )  # fmt: skip
@@ -75,7 +80,7 @@ def attend(
 @attend.register_fake
 def _(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, rope: Tensor, q_norm: Tensor | None,
-    k_norm: Tensor | None, eps: float, scale: float, window: int,
+    k_norm: Tensor | None, eps: float, scale: float, window: int, upcoming: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     B, T, width = qkv.shape
     return qkv.new_empty(B, T, width - 2 * k_cache.shape[1] * k_cache.shape[3])
@@ -83,26 +88,26 @@ def _(
 
 @triton.jit
 def attend_kernel(  # noqa: PLR0915
-    qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, out, partial, tickets, eps, scale, window, T, S,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, out, partial, tickets, eps, scale, window, T, S, upcoming,
+    up_rows, up_width, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr, UP_ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B K groups, SPLITS); partial holds SPLITS x ROWS x (D values, maximum, sum) fp32 a cell; tickets are 0."""
     cell, share = tl.program_id(0), tl.program_id(1)
     groups = tl.cdiv(T * G, ROWS)
     group, head, text = cell % groups, (cell // groups) % K, cell // (groups * K)
     begin = tl.load(positions + text * T).to(tl.int32)  # position of the first new token
-    lowest = tl.maximum(begin - window + 1, 0) // (TILE * CHUNK) if window > 0 else 0
-    last_tile = (begin + T - 1) // TILE
-    last = last_tile // CHUNK
-    chunk = lowest + (share - lowest % SPLITS + SPLITS) % SPLITS
+    lowest = tl.maximum(begin - window + 1, 0) // TILE if window > 0 else 0
+    last = (begin + T - 1) // TILE
+    tile = lowest + (share - lowest % SPLITS + SPLITS) % SPLITS
     cache = (text * K + head).to(tl.int64) * S * D
     if PDL:
         gdc_launch_dependents()
-    if chunk > last:
+    if tile > last:
+        if PDL:
+            gdc_wait()
+            _fetch_upcoming(upcoming, up_rows, up_width, UP_ROUNDS)
         return
-    rounds = (last - chunk) // SPLITS  # chunks behind the first
-    rounds = rounds * CHUNK + tl.minimum(CHUNK, last_tile + 1 - (chunk + rounds * SPLITS) * CHUNK)
     half = tl.arange(0, HALF)
     row = group * ROWS + tl.arange(0, ROWS)
     row_token = tl.minimum(row // G, T - 1)
@@ -110,12 +115,10 @@ def attend_kernel(  # noqa: PLR0915
     in_half = (half < D // 2)[None, :]
     cos = tl.load(turn, mask=in_half, other=0.0)
     sin = tl.load(turn + D // 2, mask=in_half, other=0.0)
-    next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, chunk * CHUNK, begin, half, D, TILE)
+    next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, tile, begin, half, D, TILE)
     if PDL:
-        for ahead in tl.static_range(1, CHUNK):
-            _prefetch(k_cache + cache, chunk * CHUNK + ahead, begin, D, TILE)
-            _prefetch(v_cache + cache, chunk * CHUNK + ahead, begin, D, TILE)
         gdc_wait()
+        _fetch_upcoming(upcoming, up_rows, up_width, UP_ROUNDS)
 
     stride = (G * K + 2 * K) * D
     source = qkv + text.to(tl.int64) * T * stride
@@ -126,17 +129,11 @@ def attend_kernel(  # noqa: PLR0915
     sums = tl.zeros([ROWS], tl.float32)
     y1 = tl.zeros([ROWS, HALF], tl.float32)
     y2 = tl.zeros([ROWS, HALF], tl.float32)
-    for i in range(rounds):
-        t = (chunk + i // CHUNK * SPLITS) * CHUNK + i % CHUNK
-        following = (chunk + (i + 1) // CHUNK * SPLITS) * CHUNK + (i + 1) % CHUNK
+    for t in range(tile, last + 1, SPLITS):
         key = t * TILE + tl.arange(0, TILE)
         at = cache + key.to(tl.int64)[:, None] * D + half[None, :]
         k1, k2, v1, v2 = next_k1, next_k2, next_v1, next_v2
-        next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, following, begin, half, D, TILE)
-        if PDL:
-            distant = (chunk + (i + CHUNK) // CHUNK * SPLITS) * CHUNK + (i + CHUNK) % CHUNK
-            _prefetch(k_cache + cache, distant, begin, D, TILE)
-            _prefetch(v_cache + cache, distant, begin, D, TILE)
+        next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, t + SPLITS, begin, half, D, TILE)
         if t * TILE + TILE > begin:
             token = tl.minimum(tl.maximum(key - begin, 0), T - 1)
             new = ((key >= begin) & (key < begin + T))[:, None] & in_half
@@ -204,15 +201,24 @@ def _cached_tile(k_cache, v_cache, cache, tile, begin, half, D: tl.constexpr, TI
 
 
 @triton.jit
-def _prefetch(cached, tile, begin, D: tl.constexpr, TILE: tl.constexpr):
-    """Ask for what the cache of a head holds of a tile to be brought into L2, in lines of 128 bytes."""
-    LINES: tl.constexpr = TILE * D // 64
-    ROUNDED: tl.constexpr = triton.next_power_of_2(LINES)
-    end = begin * D
-    at = tile * (TILE * D) + tl.minimum(tl.arange(0, ROUNDED), LINES - 1) * 64
-    if tile * TILE < begin:
-        address = (cached + tl.minimum(at, end - 1)).to(tl.int64)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [address], tl.int32, is_pure=False, pack=1)
+def _fetch_upcoming(upcoming, rows, width, ROUNDS: tl.constexpr):
+    """Ask for the second half of every row of the weight [rows, width] that is needed next to be brought into L2.
+
+    Attention at a few hundred positions waits for latencies, and the memory idles. The next kernel copies the first
+    half of its rows itself, as far as it finds room beside this one.
+    """
+    if ROUNDS > 0:
+        THREADS: tl.constexpr = 256
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+        pieces = width // 512  # of 256 values, 512 bytes
+        for turn in tl.static_range(ROUNDS):
+            piece = (turn * programs + program) * THREADS + tl.arange(0, THREADS)
+            row = tl.minimum(piece // pieces, rows - 1).to(tl.int64)
+            address = (upcoming + row * width + width // 2 + piece % pieces * 256).to(tl.int64)
+            tl.inline_asm_elementwise(
+                "cp.async.bulk.prefetch.L2.global [$1], 512; // $0", "=r,l", [address], tl.int32, is_pure=False, pack=1
+            )
 
 
 @triton.jit

@@ -33,7 +33,7 @@ def greedy_head(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
     """Return the tokens [..] int64 of the largest logits for x [.., D]; -1 where there is none."""
     n, width = weight.shape
     tokens = x.numel() // width
-    shape = launch.choose(x.device, "head", weight.shape[0], width, tokens)
+    shape = launch.choose(weight, "head", tokens)
     options = launch.dependent_launch(x.device)
     blocks = triton.cdiv(n, shape.rows)
     best = torch.empty(tokens, blocks, dtype=torch.float32, device=x.device)

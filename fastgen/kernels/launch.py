@@ -46,10 +46,13 @@ TABLE = Path(__file__).with_name("shapes.json")
 """The shapes that `scripts/tune` found, by GPU and stage; three each, as in `DEFAULT`."""
 
 
-def choose(device: torch.device, stage: str, n: int, width: int, tokens: int) -> Shape:
-    """Return the shape in which a stage multiplies [n, width] weights with `tokens` tokens."""
-    shapes = table().get(_name(device), {}).get(stage, DEFAULT)
-    return fitted(shapes[column(tokens)], width)
+def choose(weight: Tensor, stage: str, tokens: int) -> Shape:
+    """Return the shape in which a stage multiplies weights [n, width] with `tokens` tokens."""
+    shapes = table().get(_name(weight.device), {}).get(stage, DEFAULT)
+    shape = fitted(shapes[column(tokens)], weight.shape[1])
+    # fp16 normalizes ahead of the product, which takes shared memory for 16 tokens.
+    halved = weight.dtype is torch.float16 and tokens > 8 and stage != "linear_add"
+    return shape._replace(rows=max(16, shape.rows // 2), stages=min(shape.stages, 3)) if halved else shape
 
 
 def column(tokens: int) -> int:
@@ -88,8 +91,9 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
 
 
 def split_count(kv_heads: int) -> int:
-    """Return into how many shares a text's cache is cut, a power of two: about 256 programs for one text."""
-    return max(1, next_power_of_two(256 // kv_heads + 1) // 2)
+    """Return into how many shares a text's cache is cut, a power of two: at most 128 programs for one text,
+    which all run at once."""
+    return max(1, next_power_of_two(128 // kv_heads + 1) // 2)
 
 
 @functools.cache

@@ -42,7 +42,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
     n, width = weight.shape
     tokens = x.numel() // width
-    shape = launch.choose(x.device, "linear_add", weight.shape[0], width, tokens)
+    shape = launch.choose(weight, "linear_add", tokens)
     options = launch.dependent_launch(x.device)
     grid = (launch.programs(x.device, shape, triton.cdiv(n, shape.rows)),)
     linear_add_kernel[grid](

@@ -29,7 +29,7 @@ def run(stage: str, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: T
     """Launch the kernel in a stage's shape; `out` [.., N] may be wider than x (the head's fp32 logits)."""
     n, width = weight.shape
     tokens = x.numel() // width
-    shape = launch.choose(x.device, stage, weight.shape[0], width, tokens)
+    shape = launch.choose(weight, stage, tokens)
     options = launch.dependent_launch(x.device)
     grid = (launch.programs(x.device, shape, triton.cdiv(n, shape.rows)),)
     norm_linear_kernel[grid](

@@ -19,7 +19,7 @@ def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
     n, width = weight.shape[0] // 2, weight.shape[1]
     out = x.new_empty(*x.shape[:-1], n)
     tokens = x.numel() // width
-    shape = launch.choose(x.device, "norm_swiglu", weight.shape[0], width, tokens)
+    shape = launch.choose(weight, "norm_swiglu", tokens)
     options = launch.dependent_launch(x.device)
     grid = (launch.programs(x.device, shape, triton.cdiv(n, shape.rows // 2)),)
     norm_swiglu_kernel[grid](

