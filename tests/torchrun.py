@@ -1,0 +1,98 @@
+"""Runs of torchrun to be disturbed: started on gloo, found in /proc, and gone to the last process in time."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+ENDLESS = ("--model", "stories", "--max-new-tokens", "1000", "--ignore-eos", "--device", "cpu")
+"""A generation that outlasts any test."""
+
+
+class Run:
+    """A run of torchrun and all processes that it started."""
+
+    def __init__(self, agents: Sequence[subprocess.Popen], errors: Path) -> None:
+        self.agents, self.errors = agents, errors
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The processes that compute, by rank, as far as they have started."""
+        found = {}
+        for agent in self.agents:
+            with contextlib.suppress(psutil.Error):
+                for child in psutil.Process(agent.pid).children():
+                    with contextlib.suppress(psutil.Error, KeyError):
+                        found[int(child.environ()["RANK"])] = child
+        return found
+
+    def message(self) -> str:
+        """What was written to stderr so far."""
+        return self.errors.read_text()
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Return once stderr or stdout holds a text."""
+        deadline = time.monotonic() + seconds
+        while text not in self.message():
+            assert time.monotonic() < deadline and self.agents[0].poll() is None, self.message()
+            time.sleep(0.02)
+
+    def gone_within(self, seconds: float) -> None:
+        """Check that no process of the run is left after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while left := [process for process in self._family if process.is_running() and not _is_dead(process)]:
+            assert time.monotonic() < deadline, f"left after {seconds} s: {left}\n{self.message()}"
+            time.sleep(0.02)
+
+    def remember(self) -> None:
+        """Note all processes of the run: who is asked later may have lost its parent."""
+        parents = [psutil.Process(agent.pid) for agent in self.agents]
+        self._family = [*parents, *(child for parent in parents for child in parent.children(recursive=True))]
+
+
+@contextlib.contextmanager
+def torchrun(
+    folder: Path, world: int, *flags: str, prefixes: Sequence[Sequence[str]] = ((),), address: str = "127.0.0.1"
+) -> Iterator[Run]:
+    """Start `fastgen.generate` on `world` ranks for each of `prefixes`, commands in front of the agents' own.
+
+    stdout and stderr go to one file. Whatever is left at the end is killed.
+    """
+    port = str(20000 + os.getpid() % 10000)
+    common = ["--nproc-per-node", str(world), "--master-addr", address, "--master-port", port]
+    common += ["--nnodes", str(len(prefixes))]
+    errors = folder / "messages"
+    agents = []
+    with errors.open("w") as file:
+        for node, prefix in enumerate(prefixes):
+            command = [*prefix, sys.executable, "-m", "torch.distributed.run", *common, "--node-rank", str(node)]
+            command += ["-m", "fastgen.generate", *flags]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+            agents.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True))
+    run = Run(agents, errors)
+    try:
+        yield run
+    finally:
+        for agent in agents:
+            with contextlib.suppress(psutil.Error):
+                for child in psutil.Process(agent.pid).children(recursive=True):
+                    child.kill()
+            agent.kill()
+            agent.wait()
+
+
+def suspend(process: psutil.Process) -> None:
+    """Stop a process where it stands; only SIGKILL ends it then."""
+    os.kill(process.pid, signal.SIGSTOP)
+
+
+def _is_dead(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
