@@ -10,7 +10,7 @@ import pytest
 from tests.torchrun import ENDLESS, Run, suspend, torchrun
 
 SECONDS = 5.0
-TIMEOUT = 3.0
+TIMEOUT = 8.0  # less, and ranks that start on a busy machine count as stalled
 
 
 def one_message(run: Run, text: str) -> None:
@@ -70,10 +70,12 @@ def test_a_rank_that_is_killed_ends_all(tmp_path: Path) -> None:
     check_kill(tmp_path, 3, 1, None)
 
 
+@pytest.mark.long
 def test_rank_0_that_is_killed_ends_all(tmp_path: Path) -> None:
     check_kill(tmp_path, 2, 0, None)
 
 
+@pytest.mark.long
 def test_a_rank_that_is_killed_while_it_starts_ends_all(tmp_path: Path) -> None:
     check_kill(tmp_path, 2, 1, 1.5)
 
@@ -92,7 +94,8 @@ def test_ctrl_c_keeps_the_text_and_leaves_no_process(tmp_path: Path) -> None:
         run.remember()
         for process in [*run.ranks().values(), *run.agents]:  # as a terminal does
             process.send_signal(signal.SIGINT)
-        run.gone_within(SECONDS)
+        run.gone_within(SECONDS, agents=False)
+        run.gone_within(30)
         assert "decode  " in run.message(), "the metrics are told"
         assert "fastgen: " not in run.message() and "there was" in run.message()
 

@@ -42,10 +42,12 @@ class Run:
             assert time.monotonic() < deadline and self.agents[0].poll() is None, self.message()
             time.sleep(0.02)
 
-    def gone_within(self, seconds: float) -> None:
-        """Check that no process of the run is left after so many seconds."""
+    def gone_within(self, seconds: float, *, agents: bool = True) -> None:
+        """Check that no process of the run is left after so many seconds; torchrun's own may be slow to say goodbye."""
         deadline = time.monotonic() + seconds
-        while left := [process for process in self._family if process.is_running() and not _is_dead(process)]:
+        own = {agent.pid for agent in self.agents}
+        family = [process for process in self._family if agents or process.pid not in own]
+        while left := [process for process in family if process.is_running() and not _is_dead(process)]:
             assert time.monotonic() < deadline, f"left after {seconds} s: {left}\n{self.message()}"
             time.sleep(0.02)
 

@@ -143,7 +143,7 @@ class Watch:
             signal.signal(signal.SIGTERM, lambda number, frame: None)
             signal.signal(signal.SIGINT, self._on_interrupt)
             signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        self.connected = True
+        self.connected, self._moved = True, time.monotonic()
         threading.Thread(target=self._run, daemon=True, name="watch").start()
 
     def at(self, phase: str) -> None:
