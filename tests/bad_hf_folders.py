@@ -112,6 +112,15 @@ def big_endian(name: str, content: bytes) -> tuple[str, bytes]:
     return name, b"big" if name.endswith("byteorder") else content
 
 
+def misnamed_record(root: Path) -> Path:
+    """An archive whose directory, at the end, gives one record's name to another."""
+    folder = write_torch(root / "model", LLAMA, MODEL)
+    path = folder / "pytorch_model.bin"
+    before, _, behind = path.read_bytes().rpartition(b"data/1PK")
+    path.write_bytes(before + b"data/2PK" + behind)
+    return folder
+
+
 def legacy_pickle(root: Path) -> Path:
     folder = write_torch(root / "model", LLAMA, {})
     torch.save(MODEL, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
@@ -267,6 +276,7 @@ HF_CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
         torch_rezipped(lambda name, content: (name, content[:-4] if name.endswith("data/0") else content)),
         ("pytorch_model.bin", "model.embed_tokens.weight"),
     ),
+    "torch file with a record of another's name": (misnamed_record, ("pytorch_model.bin", "data/2", "damaged")),
     "torch file without its pickle": (
         torch_rezipped(lambda name, content: (name.replace("data.pkl", "other"), content)),
         ("pytorch_model.bin", "damaged"),

@@ -22,6 +22,7 @@ from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of the name and the extra field
+UTF8_FLAG = 0x800  # of a zip record: how its name is spelled
 MAX_PICKLE = 64 << 20  # describes about 200,000 tensors
 
 # What PyTorch's unpickler was seen to raise for damaged archives; all of it means the same to the user.
@@ -99,8 +100,11 @@ def _records(file: RandomAccessFile) -> dict[int, int]:
             raise ModelFileError(f"{file.path}: a TorchScript program, not a checkpoint; save its state_dict instead")
         if entry.compress_type != zipfile.ZIP_STORED or (name == "data.pkl" and entry.file_size > MAX_PICKLE):
             raise ModelFileError(f"{place} is compressed or too large; save the file again with torch.save")
-        signature, *lengths = LOCAL_HEADER.unpack(file.read(entry.header_offset, LOCAL_HEADER.size))
-        if signature != b"PK\3\4":
+        spelled = entry.orig_filename.encode("utf-8" if entry.flag_bits & UTF8_FLAG else "cp437", "replace")
+        header = file.read(entry.header_offset, LOCAL_HEADER.size + len(spelled))
+        signature, *lengths = LOCAL_HEADER.unpack_from(header)
+        # PyTorch looks records up by name; a directory that calls them otherwise than they do themselves is damaged.
+        if signature != b"PK\3\4" or lengths[0] != len(spelled) or header[LOCAL_HEADER.size :] != spelled:
             raise ModelFileError(f"{place} is damaged; fetch the file again")
         offset = entry.header_offset + LOCAL_HEADER.size + sum(lengths)
         if name == "byteorder" and file.read(offset, min(entry.file_size, 6)) != b"little":
