@@ -23,6 +23,7 @@ from fastgen.files import RandomAccessFile
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of the name and the extra field
 UTF8_FLAG = 0x800  # of a zip record: how its name is spelled
+KNOWN_FLAGS = UTF8_FLAG | 0x8  # and that sizes follow the bytes; the others are of encryption and patches
 MAX_PICKLE = 64 << 20  # describes about 200,000 tensors
 
 # What PyTorch's unpickler was seen to raise for damaged archives; all of it means the same to the user.
@@ -98,8 +99,9 @@ def _records(file: RandomAccessFile) -> dict[int, int]:
         name, place = entry.filename.rpartition("/")[2], f"{file.path}: record {entry.filename!r:.100}"
         if name == "constants.pkl":
             raise ModelFileError(f"{file.path}: a TorchScript program, not a checkpoint; save its state_dict instead")
-        if entry.compress_type != zipfile.ZIP_STORED or (name == "data.pkl" and entry.file_size > MAX_PICKLE):
-            raise ModelFileError(f"{place} is compressed or too large; save the file again with torch.save")
+        plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & ~KNOWN_FLAGS
+        if not plain or (name == "data.pkl" and entry.file_size > MAX_PICKLE):
+            raise ModelFileError(f"{place} is compressed, encrypted or too large; save the file again with torch.save")
         spelled = entry.orig_filename.encode("utf-8" if entry.flag_bits & UTF8_FLAG else "cp437", "replace")
         header = file.read(entry.header_offset, LOCAL_HEADER.size + len(spelled))
         signature, *lengths = LOCAL_HEADER.unpack_from(header)
