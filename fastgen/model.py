@@ -76,7 +76,6 @@ class Block(nn.Module):
         y = stages.attend(
             qkv, self.k_cache, self.v_cache, step,
             scale=self.scale, window=self.window, q_norm=self.q_norm, k_norm=self.k_norm,
-            following=self.wo,
         )  # fmt: skip
         x = stages.linear_add(y, self.wo, x)
         h = stages.norm_swiglu(x, self.ffn_norm, self.w_gate_up)

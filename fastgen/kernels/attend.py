@@ -11,8 +11,8 @@ without a tile leave at once. The last program of a head to finish (a ticket dec
   every program has 16 rows whatever the number of tokens, so that verified tokens equal decoded ones.
 - The head is two halves of d / 2 (padded to a power of two), because the rotation pairs j with j + d / 2; scores
   are the sum of two products.
-- Under programmatic dependent launch, positions and rotations are read before the wait: whoever writes them must
-  not be a kernel that lets its successors start early.
+- Under programmatic dependent launch, positions, rotations and the first tile of the cache are read before the wait:
+  between whoever wrote them and the layers must stand a kernel that lets nobody start early (`entry.embed`).
 
 Online softmax: arXiv 1805.02867; splitting over the keys: Flash-Decoding, arXiv 2311.01282; RoPE: 2104.09864.
 """
@@ -43,7 +43,6 @@ def attend(
     eps: float,
     scale: float,
     window: int,
-    upcoming: Tensor | None = None,
 ) -> Tensor:
     """Return [B, T, H d]; see `reference.attend`.
 
@@ -53,7 +52,6 @@ def attend(
         positions: [B, T] int64, consecutive in a row.
         rope: [B, T, d] float32.
         q_norm, k_norm: [d], both or neither.
-        upcoming: [n, H d], 16 bits a value, the weight of the next linear.
     """
     B, T, width = qkv.shape
     K, S, d = k_cache.shape[1:]
@@ -63,13 +61,9 @@ def attend(
     cells = B * K * groups
     partial = torch.empty(cells * splits * ROWS * (d + 2), dtype=torch.float32, device=qkv.device)
     dependent = launch.dependent_launch(qkv.device)
-    up_rows, up_width = (0, 0) if upcoming is None else upcoming.shape
-    fetched = bool(dependent) and up_width > 0 and up_width % 512 == 0
-    up_rounds = min(2, triton.cdiv(up_rows * (up_width // 512), cells * splits * 256)) if fetched else 0
     attend_kernel[(cells, splits)](
         qkv.contiguous(), k_cache, v_cache, positions.contiguous(), rope.contiguous(), q_norm, k_norm,
         out, partial, launch.workspace(qkv.device), eps, scale * 1.4426950408889634, window, T, S,
-        upcoming, up_rows, up_width, UP_ROUNDS=up_rounds,
         K=K, G=H // K, D=d, HALF=max(16, launch.next_power_of_two(d // 2)), ROWS=ROWS, TILE=TILE,
         SPLITS=splits, NORM=q_norm is not None, PDL=bool(dependent), num_warps=WARPS, num_stages=1,
         maxnreg=REGISTERS, **dependent,
@@ -80,7 +74,7 @@ def attend(
 @attend.register_fake
 def _(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, rope: Tensor, q_norm: Tensor | None,
-    k_norm: Tensor | None, eps: float, scale: float, window: int, upcoming: Tensor | None = None,
+    k_norm: Tensor | None, eps: float, scale: float, window: int,
 ) -> Tensor:  # fmt: skip
     B, T, width = qkv.shape
     return qkv.new_empty(B, T, width - 2 * k_cache.shape[1] * k_cache.shape[3])
@@ -88,9 +82,9 @@ def _(
 
 @triton.jit
 def attend_kernel(  # noqa: PLR0915
-    qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, out, partial, tickets, eps, scale, window, T, S, upcoming,
-    up_rows, up_width, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr, UP_ROUNDS: tl.constexpr,
+    qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, out, partial, tickets, eps, scale, window, T, S,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    SPLITS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (B K groups, SPLITS); partial holds SPLITS x ROWS x (D values, maximum, sum) fp32 a cell; tickets are 0."""
     cell, share = tl.program_id(0), tl.program_id(1)
@@ -104,9 +98,6 @@ def attend_kernel(  # noqa: PLR0915
     if PDL:
         gdc_launch_dependents()
     if tile > last:
-        if PDL:
-            gdc_wait()
-            _fetch_upcoming(upcoming, up_rows, up_width, UP_ROUNDS)
         return
     half = tl.arange(0, HALF)
     row = group * ROWS + tl.arange(0, ROWS)
@@ -118,7 +109,6 @@ def attend_kernel(  # noqa: PLR0915
     next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, tile, begin, half, D, TILE)
     if PDL:
         gdc_wait()
-        _fetch_upcoming(upcoming, up_rows, up_width, UP_ROUNDS)
 
     stride = (G * K + 2 * K) * D
     source = qkv + text.to(tl.int64) * T * stride
@@ -198,27 +188,6 @@ def _cached_tile(k_cache, v_cache, cache, tile, begin, half, D: tl.constexpr, TI
         tl.load(k_cache + at, mask=old, other=0.0), tl.load(k_cache + at + D // 2, mask=old, other=0.0),
         tl.load(v_cache + at, mask=old, other=0.0), tl.load(v_cache + at + D // 2, mask=old, other=0.0),
     )  # fmt: skip
-
-
-@triton.jit
-def _fetch_upcoming(upcoming, rows, width, ROUNDS: tl.constexpr):
-    """Ask for the second half of every row of the weight [rows, width] that is needed next to be brought into L2.
-
-    Attention at a few hundred positions waits for latencies, and the memory idles. The next kernel copies the first
-    half of its rows itself, as far as it finds room beside this one.
-    """
-    if ROUNDS > 0:
-        THREADS: tl.constexpr = 256
-        programs = tl.num_programs(0) * tl.num_programs(1)
-        program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
-        pieces = width // 512  # of 256 values, 512 bytes
-        for turn in tl.static_range(ROUNDS):
-            piece = (turn * programs + program) * THREADS + tl.arange(0, THREADS)
-            row = tl.minimum(piece // pieces, rows - 1).to(tl.int64)
-            address = (upcoming + row * width + width // 2 + piece % pieces * 256).to(tl.int64)
-            tl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], 512; // $0", "=r,l", [address], tl.int32, is_pure=False, pack=1
-            )
 
 
 @triton.jit

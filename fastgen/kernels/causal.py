@@ -44,7 +44,6 @@ def attend(
     window: int = 0,
     q_norm: nn.RMSNorm | None = None,
     k_norm: nn.RMSNorm | None = None,
-    following: nn.Module | None = None,
 ) -> Tensor:
     """Rotate q and k, and attend to all tokens up to each one's own; differentiable, appends to no cache.
 

@@ -1,8 +1,8 @@
 """What a step begins with: the embedding's rows of its tokens, and the rotations of their positions.
 
-A launch each. Under programmatic dependent launch `rotations` is the one kernel of a step that lets nobody start
-early. So when the next kernel starts, everything before it has ended, and what stands before a step, positions and
-the cache's older rows, may be read by any of its kernels before they wait.
+A launch each. Under programmatic dependent launch `embed`, the last before the layers, is the one kernel of a step
+that lets nobody start early. So when a layer's kernels start, everything before them has ended, and what is there
+before a step, positions, rotations and the cache's older rows, may be read before they wait.
 
 angle[j] = position * frequency[j] in fp32, as `fastgen.kernels.rope.Rope` has it.
 """
@@ -42,6 +42,7 @@ def rotations_kernel(
 ):  # fmt: skip
     """Grid (tokens); out [tokens, 2 HALF]."""
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     row, j = tl.program_id(0), tl.arange(0, WIDTH)
     frequency = tl.load(frequencies + j, mask=j < HALF, other=0.0)
@@ -71,7 +72,6 @@ def _(tokens: Tensor, weight: Tensor) -> Tensor:
 def embed_kernel(tokens, weight, out, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Grid (tokens, blocks of a row)."""
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
     row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.maximum(tl.load(tokens + row), 0)

@@ -102,16 +102,14 @@ def attend(
     window: int = 0,
     q_norm: nn.RMSNorm | None = None,
     k_norm: nn.RMSNorm | None = None,
-    following: nn.Module | None = None,
 ) -> Tensor:
     """See `reference.attend`."""
     if not _fits(qkv, k_cache):
         return reference.attend(qkv, k_cache, v_cache, step, scale=scale, window=window, q_norm=q_norm, k_norm=k_norm)
     q_gain, k_gain = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
     eps = 0.0 if q_norm is None else _eps(q_norm)
-    upcoming = following.weight if isinstance(following, nn.Linear) and _narrow(following.weight) else None
     return _attend.attend(
-        qkv, k_cache, v_cache, step.positions, step.rope, q_gain, k_gain, eps, scale, window, upcoming
+        qkv, k_cache, v_cache, step.positions, step.rope, q_gain, k_gain, eps, scale, window
     )  # fmt: skip
 
 

@@ -95,7 +95,6 @@ def attend(
     window: int = 0,
     q_norm: nn.RMSNorm | None = None,
     k_norm: nn.RMSNorm | None = None,
-    following: nn.Module | None = None,
 ) -> Tensor:
     """Rotate q and k, append k and v to the caches in place, and attend to the filled part.
 
@@ -105,7 +104,6 @@ def attend(
         scale: what the scores are multiplied with, 1 / sqrt(d) in every known family.
         window: a token sees this many positions, its own included; 0 = all before it.
         q_norm, k_norm: RMSNorms over d that are applied to every head before the rotation.
-        following: the linear that comes next; a kernel may have its weights fetched meanwhile.
 
     Returns:
         [B, T, H d].

@@ -15,7 +15,6 @@ from tests.kernels.support import compile_ahead, compiled_ahead, in_interpreter,
 ARGUMENTS = {
     "qkv": "*bf16", "k_cache": "*bf16", "v_cache": "*bf16", "positions": "*i64", "rope": "*fp32", "out": "*bf16",
     "partial": "*fp32", "tickets": "*i32", "eps": "fp32", "scale": "fp32", "window": "i32", "T": "i32", "S": "i32",
-    "upcoming": "*bf16", "up_rows": "i32", "up_width": "i32",
 }  # fmt: skip
 
 
@@ -130,7 +129,7 @@ def test_compiles_in_one_graph_and_passes_opcheck() -> None:
 def test_compiles_without_a_gpu(d: int, group: int, capability: int, pdl: bool) -> None:
     constants = {
         "q_norm": None, "k_norm": None, "K": 8, "G": group, "D": d, "HALF": d // 2, "ROWS": 16, "TILE": 64,
-        "SPLITS": 32, "NORM": False, "PDL": pdl, "UP_ROUNDS": int(pdl),
+        "SPLITS": 32, "NORM": False, "PDL": pdl,
     }  # fmt: skip
     compile_ahead(attend_kernel, capability, ARGUMENTS, constants)
 
