@@ -39,6 +39,9 @@ class ThreadRanks(Ranks):
     def sum(self, x: Tensor) -> Tensor:
         return self.meeting.exchange(self.rank, x).sum(0)
 
+    def sum_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self.sum(x)
+
     def gather(self, x: Tensor) -> Tensor:
         return self.meeting.exchange(self.rank, x)
 

@@ -29,7 +29,7 @@ class Case:
 
     changes: Mapping[str, Any] = field(default_factory=dict)
     quant: str | None = None
-    group_size: int = 32
+    group_size: int | None = None
     symmetric: bool = False
     worlds: tuple[int, ...] = (2, 3, 4)
 
@@ -63,7 +63,8 @@ def whole(case: Case) -> LoadedModel:
     model = random_model(**case.changes)
     formats: dict[str, WeightFormat] = {}
     if case.quant:
-        scheme = Scheme(quant=case.quant, group_size=case.group_size, symmetric=case.symmetric)
+        size = {} if case.quant == "int8" else {"group_size": case.group_size or 32}
+        scheme = Scheme(quant=case.quant, symmetric=case.symmetric, **size)
         formats = scheme.formats(model.config)
     config, tensors = model.checkpoint.config, model.checkpoint.tensors
     transformer = build(config, tensors, model.placement, formats=formats)

@@ -33,7 +33,7 @@ class ShardedStages:
 
     def _embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """See `reference.embed`; the rank that knows a token gives its row, the others zeros."""
-        index = tokens - self._first
+        index = tokens.clamp(min=0) - self._first
         known = (index >= 0) & (index < self._size)
         rows = self._stages.embed(index.clamp(0, self._size - 1), embedding)
         return self._ranks.sum(rows.masked_fill(~known[..., None], 0.0))
