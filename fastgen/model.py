@@ -46,6 +46,7 @@ class Stages(Protocol):
 class PartialStages(Stages, Protocol):
     """Stages that one of several ranks can compute its part with."""
 
+    embed_part: Callable[..., Tensor]
     partial_linear: Callable[..., Tensor]
 
 

@@ -205,7 +205,7 @@ class Steps:
     def _decode_eagerly(self, rows: Rows, filled: int, options: SamplingOptions, *, logprobs: bool) -> Choice:
         case = ("decode", options, logprobs, rows.token.shape[0], rows.seen.shape)
         step = partial(self._decode, logprobs=logprobs)
-        if self._by_kernels and (logprobs or not options.takes_largest):
+        if self._by_kernels and (logprobs or not options.takes_largest or not self.model.vocabulary.is_whole):
             step = partial(step, choose=self._choose)
         return self._cases.run(case, step, self.model, rows, self._keys(filled), options)
 

@@ -23,8 +23,8 @@ class ShardedStages:
     """The stages of `fastgen.kernels.reference` over several ranks, on top of those that one rank computes with."""
 
     def __init__(self, stages: PartialStages, plan: Plan, ranks: Ranks) -> None:
-        self._stages, self._ranks = stages, ranks
-        self._first, self._size = plan.vocabulary[0], length(plan.vocabulary)
+        self._stages, self._ranks, self._first = stages, ranks, plan.vocabulary[0]
+        self.covers: Callable[..., bool] = getattr(stages, "covers", _never)
         self.embed: Callable[..., Tensor] = self._embed
         self.linear_add: Callable[..., Tensor] = self._linear_add
         self.norm_linear, self.norm_swiglu = stages.norm_linear, stages.norm_swiglu
@@ -33,14 +33,16 @@ class ShardedStages:
 
     def _embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """See `reference.embed`; the rank that knows a token gives its row, the others zeros."""
-        index = tokens.clamp(min=0) - self._first
-        known = (index >= 0) & (index < self._size)
-        rows = self._stages.embed(index.clamp(0, self._size - 1), embedding)
-        return self._ranks.sum(rows.masked_fill(~known[..., None], 0.0))
+        return self._ranks.sum(self._stages.embed_part(tokens, embedding, self._first))
 
     def _linear_add(self, x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
         """See `reference.linear_add`; x is this rank's part of the input."""
         return self._ranks.sum_add(self._stages.partial_linear(x, linear), residual)
+
+
+def _never(model: nn.Module, tokens: int) -> bool:
+    """Stages that are no kernels cover nothing."""
+    return False
 
 
 class ShardedVocabulary(Vocabulary):

@@ -52,28 +52,39 @@ def rotations_kernel(
 
 
 @torch.library.custom_op("fastgen::embed", mutates_args=())
-def embed(tokens: Tensor, weight: Tensor) -> Tensor:
-    """Return [B, T, D] for tokens [B, T] int64 and weight [V, D]; a token below 0 gives the row of 0."""
+def embed(tokens: Tensor, weight: Tensor, first: int) -> Tensor:
+    """Return [B, T, D] for tokens [B, T] int64 and weight [V, D], the rows of tokens `first` on; what is below 0 counts
+    as 0, and tokens without a row give zeros."""
     width = weight.shape[1]
     out = torch.empty(*tokens.shape, width, dtype=weight.dtype, device=weight.device)
     options = launch.dependent_launch(weight.device)
     embed_kernel[(tokens.numel(), triton.cdiv(width, BLOCK))](
-        tokens.contiguous(), weight, out, width, BLOCK=BLOCK, PDL=bool(options), num_warps=4, **options
+        tokens.contiguous(),
+        weight,
+        out,
+        first,
+        weight.shape[0],
+        width,
+        BLOCK=BLOCK,
+        PDL=bool(options),
+        num_warps=4,
+        **options,
     )
     return out
 
 
 @embed.register_fake
-def _(tokens: Tensor, weight: Tensor) -> Tensor:
+def _(tokens: Tensor, weight: Tensor, first: int) -> Tensor:
     return weight.new_empty(*tokens.shape, weight.shape[1])
 
 
-@triton.jit
-def embed_kernel(tokens, weight, out, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Grid (tokens, blocks of a row)."""
+@triton.jit(do_not_specialize=["first"])
+def embed_kernel(tokens, weight, out, first, size, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Grid (tokens, blocks of a row); weight [size, width]."""
     if PDL:
         gdc_wait()
     row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.maximum(tl.load(tokens + row), 0)
-    value = tl.load(weight + token * width + at, mask=at < width, other=0.0)
+    token = tl.maximum(tl.load(tokens + row), 0) - first
+    here = (token >= 0) & (token < size) & (at < width)
+    value = tl.load(weight + token * width + at, mask=here, other=0.0)
     tl.store(out + row.to(tl.int64) * width + at, value, mask=at < width)

@@ -47,7 +47,14 @@ def embed(tokens: Tensor, embedding: nn.Embedding) -> Tensor:
     """See `reference.embed`."""
     if not _narrow(embedding.weight) or tokens.numel() > launch.MAX_TOKENS:
         return reference.embed(tokens, embedding)
-    return _entry.embed(tokens, embedding.weight)
+    return _entry.embed(tokens, embedding.weight, 0)
+
+
+def embed_part(tokens: Tensor, embedding: nn.Embedding, first: int) -> Tensor:
+    """See `reference.embed_part`."""
+    if not _narrow(embedding.weight) or tokens.numel() > launch.MAX_TOKENS:
+        return reference.embed_part(tokens, embedding, first)
+    return _entry.embed(tokens, embedding.weight, first)
 
 
 def norm_linear(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:

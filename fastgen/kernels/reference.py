@@ -54,6 +54,13 @@ def embed(tokens: Tensor, embedding: nn.Embedding) -> Tensor:
     return F.embedding(tokens.clamp(min=0), embedding.weight)
 
 
+def embed_part(tokens: Tensor, embedding: nn.Embedding, first: int) -> Tensor:
+    """Return what `embed` does of an embedding that holds tokens `first` on, and zeros for those that it does not."""
+    index, size = tokens.clamp(min=0) - first, embedding.num_embeddings
+    known = (index >= 0) & (index < size)
+    return F.embedding(index.clamp(0, size - 1), embedding.weight).masked_fill(~known[..., None], 0.0)
+
+
 def norm_linear(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """Return linear(rms_norm(x)): x [B, T, D] -> [B, T, out]."""
     return linear(_normalize(x, norm))

@@ -50,7 +50,7 @@ def test_compile_in_one_graph_and_pass_opcheck() -> None:
     tokens = torch.tensor([[5, 299]], device="cuda")
     compiled = torch.compile(lambda t: fused.embed(t, rows) * 2, fullgraph=True)
     assert torch.equal(compiled(tokens), fused.embed(tokens, rows) * 2)
-    torch.library.opcheck(embed, (tokens, rows.weight))
+    torch.library.opcheck(embed, (tokens, rows.weight, 0))
     torch.library.opcheck(rotations, (tokens, rope.frequencies, 1.0))
 
 
@@ -59,7 +59,9 @@ def test_compile_in_one_graph_and_pass_opcheck() -> None:
 def test_compile_without_a_gpu(capability: int, pdl: bool) -> None:
     arguments = {"positions": "*i64", "frequencies": "*fp32", "out": "*fp32", "factor": "fp32"}
     compile_ahead(rotations_kernel, capability, arguments, {"HALF": 48, "WIDTH": 64, "PDL": pdl})
-    arguments = {"tokens": "*i64", "weight": "*bf16", "out": "*bf16", "width": "i32"}
+    arguments = {
+        "tokens": "*i64", "weight": "*bf16", "out": "*bf16", "first": "i32", "size": "i32", "width": "i32",
+    }  # fmt: skip
     compile_ahead(embed_kernel, capability, arguments, {"BLOCK": 1024, "PDL": pdl})
 
 
@@ -69,4 +71,6 @@ def test_agree_with_the_reference_in_the_interpreter() -> None:
     actual = rotations(positions, rope.frequencies, 1.5)
     torch.testing.assert_close(actual, 1.5 * rope(positions), rtol=0, atol=1e-6)
     rows, tokens = table(1100, torch.float32, "cpu"), torch.tensor([[3, -1, 299]])
-    assert torch.equal(embed(tokens, rows.weight), reference.embed(tokens, rows))
+    assert torch.equal(embed(tokens, rows.weight, 0), reference.embed(tokens, rows))
+    for first in (0, 5, 60):
+        assert torch.equal(embed(tokens, rows.weight, first), reference.embed_part(tokens, rows, first))
