@@ -150,7 +150,10 @@ class NgramDrafter:
         """See `Drafter.draft`; a guess that nothing is drawn for has probability 1."""
         # Always as many as there may be: another count is no other graph.
         tokens = self._cases.run(rows.text.shape, self._continue, rows.text, rows.positions, MOST_DRAFTS)[:, :count]
-        return Draft(tokens, F.one_hot(tokens, self._vocab_size).float() if independent else None)
+        if not independent:
+            return Draft(tokens, None)
+        certain = torch.zeros(*tokens.shape, self._vocab_size, device=tokens.device)
+        return Draft(tokens, certain.scatter_(2, tokens[:, :, None], 1.0))
 
 
 def continue_text(text: Tensor, positions: Tensor, count: int) -> Tensor:

@@ -124,11 +124,17 @@ class Transformer(nn.Module):
                 block.k_cache = torch.zeros(shape, dtype=like.dtype, device=like.device)
                 block.v_cache = torch.zeros_like(block.k_cache)
 
-    def first_layers(self, count: int) -> "Transformer":
-        """Return the model that stops after `count` layers: its modules, weights and KV cache are this one's."""
+    def first_layers(self, count: int, *, own_cache: bool = False) -> "Transformer":
+        """Return the model that stops after `count` layers: its modules and weights are this one's, and so is its KV
+        cache, unless it is to have its own."""
         view = copy.copy(self)
         view._modules = dict(self._modules)
         view.layers = self.layers[:count]
+        if own_cache:
+            view.cache_owner = None
+            view.layers = nn.ModuleList(copy.copy(block) for block in view.layers)
+            for block in view.layers:
+                block._buffers = dict(block._buffers)
         return view
 
     def forward(self, tokens: Tensor, positions: Tensor, key_positions: Tensor, lengths: Tensor) -> Tensor:
