@@ -155,9 +155,8 @@ def record(
 def line(row: dict[str, object]) -> str:
     """Return a record as a line of text."""
     number = {name: value for name, value in row.items() if isinstance(value, float)}
-    parts = [
-        f"{row['model']} {row['format']} K={row['drafts']} factor={row['factor']} T={row['temperature']} same={row['same']}"
-    ]
+    words = [f"{name}={row[name]}" for name in ("drafts", "factor", "temperature", "same")]
+    parts = [f"{row['model']} {row['format']}", *words]
     parts += [f"{name} {value:.3f}" for name, value in number.items() if name not in ("factor", "temperature")]
     return "  ".join([*parts, str(row["arms"])])
 
