@@ -35,7 +35,7 @@ HELP = """\
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatConfig(cli.ModelFlags, cli.SamplingFlags, cli.ChatFlags, cli.OutputFlags):
+class ChatConfig(cli.EngineFlags, cli.SamplingFlags, cli.ChatFlags, cli.OutputFlags):
     """The flags of `fastgen.chat`."""
 
 
@@ -56,12 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not config.compile:
         cli.refuse(config, ["fail_on_recompile"], "only with --compile")
     options = cli.generation_options(config)
+    cli.drafts(config)
 
     from fastgen import session
     from fastgen.conversation import Conversation
 
     phases = cli.Phases()
-    engine = _engine(config, session.load(config, phases))
+    engine = _engine(config, session.load(config, phases), phases)
     session.warm_up(engine, options, phases)
 
     conversation = Conversation(engine.model.tokenizer, config.system)
@@ -218,16 +219,16 @@ def _tell(text: str) -> None:
     sys.stderr.flush()
 
 
-def _engine(config: ChatConfig, model: "LoadedModel") -> "Engine":
+def _engine(config: ChatConfig, model: "LoadedModel", phases: cli.Phases) -> "Engine":
     """Return the engine that serves the whole chat, of a model that has a chat template."""
-    from fastgen.engine import Engine
+    from fastgen import session
 
     if model.tokenizer.chat_template is None:
         raise UsageError(
             f"--model {config.model}: it has no chat template, so nothing says how it was trained to chat\n"
             "Choose a chat model, or continue a text with fastgen.generate"
         )
-    return Engine(model, max_seq_len=config.max_seq_len, compile=config.compile)
+    return session.make_engine(config, model, phases, max_seq_len=config.max_seq_len)
 
 
 def _print_document(config: ChatConfig, model: "LoadedModel", chat: Chat) -> None:

@@ -138,9 +138,24 @@ class ShapeFlags:
 class SpeculationFlags:
     """Draft-and-target decoding."""
 
-    draft: str | None = flag(None, "a draft model", aliases=["draft-checkpoint-path"], metavar="M")
-    speculate: str | None = flag(None, "tokens to draft a round, or auto", aliases=["speculate-k"], metavar="K")
-    accept: str | None = flag(None, "how drafts are accepted", choices=("leviathan", "coupled"))
+    draft: str | None = flag(
+        None,
+        "who drafts: a model, embedded (the draft of stories), ngram (the text itself), self:N (the model's own first "
+        "N layers) or none (default)",
+        aliases=["draft-checkpoint-path"],
+        metavar="M",
+    )
+    speculate: str = flag("auto", "tokens to draft a round, or auto (default)", aliases=["speculate-k"], metavar="K")
+    accept: str = flag(
+        "coupled",
+        "which drafts stay: coupled gives plain decoding's text (default), leviathan its distribution",
+        choices=("coupled", "leviathan"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineFlags(ModelFlags, SpeculationFlags):
+    """A model to generate with, and who drafts for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,11 +227,22 @@ def generation_options(config: SamplingFlags, *, ignore_eos: bool = False) -> Ge
     )
 
 
-UNBUILT = ("kv_cache", "draft", "speculate", "accept")
+UNBUILT = ("kv_cache",)
 """Flags that exist from the start and are refused until what they name is built."""
 
 
 SHOW_CURSOR = b"\x1b[?25h\n"
+
+
+def drafts(config: SpeculationFlags) -> int | str | None:
+    """Return how many tokens to draft, or "auto"; None where nobody drafts. Raises `UsageError` for other words."""
+    if config.draft in (None, "none"):
+        refuse(config, ["speculate", "accept"], "only with a --draft")
+        return None
+    if config.speculate != "auto" and not config.speculate.isdecimal():
+        raise UsageError(f"--speculate {config.speculate}: expected a number of tokens, or auto")
+    return config.speculate if config.speculate == "auto" else int(config.speculate)
+
 
 REPEATED = ("append", "extend")
 """Actions of argparse whose flags are tuples."""

@@ -17,16 +17,19 @@ from tp.watch import process_watch
 
 if TYPE_CHECKING:
     from fastgen.completion import Completion
-    from fastgen.engine import Engine
+    from fastgen.engine import Engine, Timings
     from fastgen.load import LoadedModel
     from fastgen.options import GenerationOptions
     from fastgen.report import Metrics
 
 PROG = "fastgen.generate"
 
+ACCEPTED = "\x1b[32m{}\x1b[39m"
+"""What --show-accepted puts around a token that was drafted: ECMA-48's green, and back to the default colour."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(cli.ModelFlags, cli.SpeculationFlags, cli.SamplingFlags, cli.ChatFlags, cli.OutputFlags):
+class GenerateConfig(cli.EngineFlags, cli.SamplingFlags, cli.ChatFlags, cli.OutputFlags):
     """The flags of `fastgen.generate`."""
 
     prompt: str = cli.flag("Once upon a time", "the text to continue; - reads stdin", metavar="TEXT")
@@ -37,6 +40,11 @@ class GenerateConfig(cli.ModelFlags, cli.SpeculationFlags, cli.SamplingFlags, cl
     echo: bool = cli.flag(False, "print the prompt before the text")
     stream: bool = cli.flag(True, "print the text as it comes (default)", negation="no-stream")
     profile: str | None = cli.flag(None, "write a trace of the generation, for ui.perfetto.dev", metavar="FILE")
+    compare_plain: bool = cli.flag(False, "with --draft: generate without it first, and print the speed-up")
+    show_accepted: bool = cli.flag(False, "with --draft: colour the tokens that were drafted")
+    check_lossless: int = cli.flag(
+        0, "with --draft: generate no text, but compare N greedy ones with plain decoding's", type=int, metavar="N"
+    )
     interactive: bool = cli.flag(False, "gpt-fast's name for a chat")
 
 
@@ -51,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--system: only with --chat")
     if not config.compile:
         cli.refuse(config, ["fail_on_recompile"], "only with --compile")
+    check_speculation(config)
     options = cli.generation_options(config, ignore_eos=config.ignore_eos)
     leads = process_watch().place.leads
     prompt = read_prompt(config) if leads else ""
@@ -61,13 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = session.load(config, phases)
     prompt = model.ranks.share(prompt)
     tokens = encode_prompt(model, config, prompt)
-    engine = _engine(model, config, tokens)
+    if config.check_lossless:
+        return _check_lossless(model, config, phases)
+    plain = _plain(model, config, options, tokens, phases) if config.compare_plain else None
+    engine = session.make_engine(
+        config, model, phases, batch=config.num_samples, max_seq_len=_room(model, config, tokens)
+    )
     engine.encode([tokens] * engine.batch)
     session.warm_up(engine, options, phases)
     with _profile(config.profile if leads else None):
         completions, interrupted = _generate(engine, config, options, tokens, prompt)
     if completions and leads:
-        metrics = _measure(engine, completions, phases)
+        metrics = _measure(engine, completions, phases, plain)
         _report(model, config, prompt, completions, metrics)
     session.check_recompiles(config, engine)
     return INTERRUPTED if interrupted else 0
@@ -105,11 +119,57 @@ def encode_prompt(model: "LoadedModel", config: GenerateConfig, prompt: str) -> 
     return encode_chat(model.tokenizer, [*messages, {"role": "user", "content": prompt}])
 
 
-def _engine(model: "LoadedModel", config: GenerateConfig, tokens: list[int]) -> "Engine":
+def check_speculation(config: GenerateConfig) -> None:
+    """Raise `UsageError` for flags of speculation that contradict or do nothing."""
+    if cli.drafts(config) is None:
+        cli.refuse(config, ["compare_plain", "show_accepted", "check_lossless"], "only with a --draft")
+    if config.compare_plain and config.num_samples > 1:
+        raise UsageError("--compare-plain: compares one text; leave --num-samples out")
+    if config.show_accepted and (config.num_samples > 1 or config.json or not config.stream):
+        raise UsageError("--show-accepted: colours one text as it comes: without --num-samples, --json, --no-stream")
+    if config.check_lossless < 0:
+        raise UsageError(f"--check-lossless {config.check_lossless}: expected a number of texts")
+
+
+def _room(model: "LoadedModel", config: GenerateConfig, tokens: list[int]) -> int:
+    """Return the tokens that the KV cache is to hold."""
+    return config.max_seq_len or max(2, min(len(tokens) + config.max_new_tokens, model.config.max_seq_len))
+
+
+def _plain(
+    model: "LoadedModel", config: GenerateConfig, options: "GenerationOptions", tokens: list[int], phases: cli.Phases
+) -> tuple["Timings", tuple[int, ...]]:
+    """Return the times and tokens of plain decoding."""
+    from fastgen import session
     from fastgen.engine import Engine
 
-    needed = max(2, min(len(tokens) + config.max_new_tokens, model.config.max_seq_len))
-    return Engine(model, batch=config.num_samples, max_seq_len=config.max_seq_len or needed, compile=config.compile)
+    engine = Engine(model, max_seq_len=_room(model, config, tokens), compile=config.compile)
+    session.warm_up(engine, options, phases)
+    with phases.phase("plain"):
+        (completion,) = engine.generate([tokens], options)
+    return engine.timings, completion.tokens
+
+
+def _check_lossless(model: "LoadedModel", config: GenerateConfig, phases: cli.Phases) -> int:
+    """Compare texts with plain decoding's, print what came of it, and return the exit status."""
+    from fastgen import session
+    from fastgen.lossless import own_prompts, prove
+
+    count, draft = cli.drafts(config), session.draft_of(config, phases)
+    assert draft is not None and count is not None, "checked with the flags"
+    prompts, unexplained = own_prompts(model, config.check_lossless), 0
+    for proof in prove(model, draft, prompts, counts=(*range(1, 9), "auto") if count == "auto" else (count,)):
+        unexplained += sum(not difference.explained for difference in proof.differences)
+        sys.stdout.write(
+            f"drafts {proof.count}: {proof.texts} texts, {proof.tokens} tokens, {len(proof.differences)} texts differ\n"
+        )
+        for found in proof.differences:
+            sys.stdout.write(
+                f"  text {found.text} from token {found.place}: the two best are {found.gap:.3g} apart, rounding "
+                f"{found.noise:.3g}{'' if found.explained else ': NOT EXPLAINED'}\n"
+            )
+    sys.stdout.write("lossless\n" if not unexplained else f"{unexplained} differences that rounding does not explain\n")
+    return 1 if unexplained else 0
 
 
 def _generate(
@@ -128,7 +188,8 @@ def _generate(
             for piece in engine.stream([tokens] * engine.batch, options, streams=streams):
                 shown += len(piece.text)
                 if live:
-                    sys.stdout.write(piece.text)
+                    accepted = config.show_accepted and piece.drafted
+                    sys.stdout.write(ACCEPTED.format(piece.text) if accepted else piece.text)
                     sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted = True
@@ -150,15 +211,21 @@ def _profile(path: str | None) -> contextlib.AbstractContextManager[None]:
     return profile(Path(path)) if path else contextlib.nullcontext()
 
 
-def _measure(engine: "Engine", completions: list["Completion"], phases: cli.Phases) -> "Metrics":
-    from fastgen.report import measure
+def _measure(
+    engine: "Engine",
+    completions: list["Completion"],
+    phases: cli.Phases,
+    plain: tuple["Timings", tuple[int, ...]] | None,
+) -> "Metrics":
+    from fastgen.report import compared, measure
 
-    return measure(
+    metrics = measure(
         engine,
         completions,
         load_seconds=phases.seconds["load"],
         compile_seconds=phases.seconds.get("compile", 0.0),
     )
+    return compared(metrics, *plain, completions[0].tokens) if plain else metrics
 
 
 def _report(

@@ -12,17 +12,19 @@ import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fastgen.completion import Completion
 from fastgen.device import describe
-from fastgen.engine import Engine
+from fastgen.engine import Engine, Timings
 from fastgen.kernels.bandwidth import measure_read_bandwidth
 from fastgen.load import LoadedModel
+from fastgen.speculative import SpeculativeEngine
 from fastgen.staged import require_writable, staged_file
+from fastgen.tally import SpeculationMetrics
 
 SCHEMA_VERSION = 1
 """Of every JSON document; raised when a field changes its meaning or goes."""
@@ -58,6 +60,7 @@ class Metrics:
     read_limit_gb_per_second: float | None
     share_of_limit: float | None
     peak_memory_bytes: int
+    speculation: SpeculationMetrics | None = None
 
 
 def measure(
@@ -76,7 +79,9 @@ def measure(
     seconds = times[-1] - times[0] if steps else None
     weights = model.weight_bytes()
     kv = sum(model.kv_bytes(len(row.prompt_tokens) + len(row.tokens) // 2) for row in completions)
-    speed = (weights + kv) * len(steps) / seconds / 1e9 if seconds else None
+    speculation = engine.figures() if isinstance(engine, SpeculativeEngine) else None
+    passes = sum(speculation.arms.values()) if speculation and speculation.rounds else len(steps)
+    speed = (weights + kv) * passes / seconds / 1e9 if seconds else None
     prefill = timings.prefilled - timings.start if timings.prefilled else None
     peak = peak_memory(engine.device)
     limit = measure_read_bandwidth(engine.device) if speed else None
@@ -98,7 +103,23 @@ def measure(
         read_limit_gb_per_second=limit,
         share_of_limit=speed / limit if speed and limit else None,
         peak_memory_bytes=peak,
+        speculation=speculation,
     )
+
+
+def compared(metrics: Metrics, plain: Timings, plain_tokens: Sequence[int], tokens: Sequence[int]) -> Metrics:
+    """Return the metrics with those of plain decoding, of the same text in the same process, beside speculation's."""
+    if metrics.speculation is None or metrics.decode_tokens_per_second is None or len(plain_tokens) < 2:
+        return metrics
+    times = plain.tokens[: len(plain_tokens)]
+    step = (times[-1] - times[0]) / (len(times) - 1)
+    speculation = replace(
+        metrics.speculation,
+        plain_ms_per_token=1e3 * step,
+        speedup=step * metrics.decode_tokens_per_second / metrics.batch,
+        same_text=list(plain_tokens) == list(tokens),
+    )
+    return replace(metrics, speculation=speculation)
 
 
 def spread(values: list[float]) -> Spread:
@@ -162,6 +183,8 @@ def summary(model: LoadedModel, metrics: Metrics) -> str:
             f"bandwidth  {speed:.1f} GB/s of weights and cache: {share:.0%} of the "
             f"{metrics.read_limit_gb_per_second:.1f} GB/s that this device reads",
         ]
+    if metrics.speculation:
+        lines += metrics.speculation.lines()
     if metrics.compile_seconds:
         lines.append(f"compile    {metrics.compile_seconds:.1f} s; {metrics.recompiles} recompiles after the start")
     lines.append(f"memory     {metrics.peak_memory_bytes / 1e9:.2f} GB peak")

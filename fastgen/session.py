@@ -13,6 +13,8 @@ from fastgen.errors import RecompiledError, UsageError
 from fastgen.hub_id import commit_of
 from fastgen.load import LoadedModel, load_model, locate, use_kernels
 from fastgen.options import GenerationOptions
+from fastgen.speculation import Speculation
+from fastgen.speculative import SpeculativeEngine
 from tp.dist import SINGLE, Ranks, join
 
 
@@ -63,6 +65,38 @@ def join_ranks(config: cli.RankFlags) -> tuple[Ranks, str | None]:
     if ranks.world == 1:
         cli.refuse(config, ["timeout", "check_ranks"], "only under torchrun, with several processes")
     return ranks, device
+
+
+def make_engine(
+    config: cli.EngineFlags, model: LoadedModel, phases: cli.Phases, *, batch: int = 1, max_seq_len: int | None = None
+) -> Engine:
+    """Return the engine that the flags ask for: with a draft, which is loaded here, one that speculates."""
+    draft, count = draft_of(config, phases), cli.drafts(config)
+    if draft is None or count is None:
+        return Engine(model, batch=batch, max_seq_len=max_seq_len, compile=config.compile)
+    speculation = Speculation(draft=draft, count=count, accept=config.accept)
+    return SpeculativeEngine(model, speculation, batch=batch, max_seq_len=max_seq_len, compile=config.compile)
+
+
+def draft_of(config: cli.EngineFlags, phases: cli.Phases) -> LoadedModel | str | None:
+    """Return the draft that the flags name, loaded if it is a model, or None."""
+    if cli.drafts(config) is None:
+        return None
+    name = str(config.draft)
+    return name if name == "ngram" or name.startswith("self:") else load_draft(config, phases)
+
+
+def load_draft(config: cli.EngineFlags, phases: cli.Phases) -> LoadedModel:
+    """Load the model that --draft names, to where the target is and in its precision, with the format of its own."""
+    name = "stories-draft" if config.draft == "embedded" else str(config.draft)
+    path = find(config, phases, name)
+    with phases.phase("draft", name) as advance:
+        ranks, device = join_ranks(config)
+        draft = load_model(
+            path, offline=config.offline, device=device, dtype=config.dtype, progress=advance, ranks=ranks
+        )
+    use_kernels(draft, config.kernels)
+    return draft
 
 
 def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases) -> None:

@@ -30,7 +30,7 @@ from fastgen.readback import Mark, Readback, mark
 from fastgen.rounds import SPARE, WIDTHS, Round, Rounds, width_of
 from fastgen.speculation import AUTO, Speculation, check, make_arms, make_drafters, own_model
 from fastgen.steps import CHUNKS, Choice, Rows, chunks
-from fastgen.tally import Launch, Tally
+from fastgen.tally import Launch, SpeculationMetrics, Tally
 
 SMALLEST = 40
 """Tokens of the texts that graphs are compiled for and costs are measured with."""
@@ -71,6 +71,10 @@ class SpeculativeEngine(Engine):
         widths = sorted({width_of(arm.drafts) for arm in (*self.arms, PLAIN)})
         self._rounds = Rounds(model.transformer, self.drafters, self._reach, widths=widths, compiled=compile)
         self.pace: Pace | None = None if speculation.count == AUTO else FixedPace(self.arms[0])
+
+    def figures(self) -> SpeculationMetrics:
+        """Return how the last generation's speculation went."""
+        return self.tally.figures([drafter.name for drafter in self.drafters])
 
     def _owns_cache(self) -> bool:
         draft = own_model(self.model, self.speculation)
