@@ -69,6 +69,7 @@ def test_rounds_in_cuda_graphs_give_plain_tokens(draft: str, count: int | str) -
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_host_waits_for_nothing_while_it_queues_rounds() -> None:
     target = random_model(device="cuda", max_seq_len=400)
     engine = SpeculativeEngine(target, Speculation(draft=random_model(1, device="cuda"), count=3), compile=True)
