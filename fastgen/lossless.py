@@ -19,7 +19,7 @@ from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
 
 PROMPT_TOKENS = 8
-MOST_ROWS = 32
+MOST_ROWS = 100
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""Speculation as users meet it: flags that say what they do, figures, colours, the proof on their own pair."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastgen import chat, generate
+from fastgen.errors import UsageError
+from fastgen.lossless import own_prompts, prove
+from fastgen.speculation import AUTO
+from tests.models import random_model
+
+HERE = ["--device", "cpu", "--dtype", "fp32"]
+STORY = [*HERE, "--max-new-tokens", "40"]
+
+
+def text(capsys: pytest.CaptureFixture, *flags: str) -> str:
+    assert generate.main([*STORY, *flags]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("draft", ["embedded", "ngram", "self:3", "none"])
+@pytest.mark.parametrize("quant", [[], ["--quant", "int4"], ["--quant", "int8"]], ids=["plain", "int4", "int8"])
+def test_the_story_is_the_same_whoever_drafts(draft: str, quant: list[str], capsys: pytest.CaptureFixture) -> None:
+    expected = text(capsys, *quant)
+    assert len(expected.split()) > 20
+    assert text(capsys, "--draft", draft, *quant) == expected
+
+
+def test_sampled_samples_are_the_same_and_leviathans_are_others(capsys: pytest.CaptureFixture) -> None:
+    sampled = ["--temperature", "0.9", "--seed", "4", "--num-samples", "2"]
+    expected = text(capsys, *sampled)
+    assert text(capsys, *sampled, "--draft", "embedded", "--speculate", "4") == expected
+    assert text(capsys, *sampled, "--draft", "embedded", "--speculate", "4", "--accept", "leviathan") != expected
+
+
+def test_figures_are_printed_and_documented(capsys: pytest.CaptureFixture) -> None:
+    flags = ["--draft", "embedded", "--speculate", "3", "--compare-plain", "--json"]
+    document = json.loads(text(capsys, *flags))
+    found = document["metrics"]["speculation"]
+    assert found["rounds"] == sum(found["accepted"].values()) == found["arms"]["model 3"]
+    assert 0.5 < found["acceptance"] <= 1 and len(found["acceptance_by_place"]) == 3
+    assert found["draft_ms"] > 0 and found["verify_ms"] > 0 and found["plain_ms_per_token"] > 0
+    assert found["same_text"] is True and found["speedup"] > 0
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in found)
+    generate.main([*STORY, *flags[:-1]])
+    summary = capsys.readouterr().err
+    assert "accepted over" in summary and "model 3 x" in summary and "the same text" in summary
+
+
+def test_accepted_tokens_are_coloured(capsys: pytest.CaptureFixture) -> None:
+    coloured = text(capsys, "--draft", "embedded", "--speculate", "3", "--show-accepted")
+    assert coloured.count("\x1b[32m") == coloured.count("\x1b[39m") > 15
+    assert coloured.replace("\x1b[32m", "").replace("\x1b[39m", "") == text(capsys)
+
+
+def test_the_proof_runs_on_the_users_own_pair(capsys: pytest.CaptureFixture) -> None:
+    out = text(capsys, "--draft", "embedded", "--speculate", "3", "--check-lossless", "3")
+    assert out == "drafts 3: 3 texts, 192 tokens, 0 texts differ\nlossless\n"
+
+
+def test_the_proof_finds_what_is_not_lossless(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgen import rounds
+    from fastgen.acceptance import accept_equal
+
+    target = random_model()
+    prompts = own_prompts(target, 5)
+    assert len({tuple(prompt) for prompt in prompts}) == 5
+    for proof in prove(target, random_model(1), prompts, counts=(1, 4, AUTO), new_tokens=16):
+        assert (proof.texts, proof.tokens, proof.differences) == (5, 80, ())
+    monkeypatch.setattr(
+        rounds, "accept_equal", lambda choices, drafts, limit: accept_equal(choices, choices[:, :-1], limit)
+    )
+    (proof,) = prove(target, random_model(1), prompts, counts=(3,), new_tokens=16)
+    assert len(proof.differences) == 5
+    assert not any(difference.explained for difference in proof.differences)
+
+
+REFUSED = {
+    "--speculate 3": "--speculate: only with a --draft",
+    "--accept leviathan": "--accept: only with a --draft",
+    "--draft none --compare-plain": "--compare-plain: only with a --draft",
+    "--draft ngram --speculate often": "--speculate often: expected a number of tokens, or auto",
+    "--draft ngram --speculate 99": "--speculate 99: expected 1 to 15 tokens a round",
+    "--draft ngram --accept leviathan": "--accept leviathan: needs a fixed --speculate K",
+    "--draft self:99": "--draft self:99: expected a model, ngram, none, or self:N with N from 1 to 7",
+    "--draft ngram --compare-plain --num-samples 2": "--compare-plain: compares one text",
+    "--draft ngram --show-accepted --json": "--show-accepted: colours one text as it comes",
+    "--draft ngram --check-lossless -1": "--check-lossless -1: expected a number of texts",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_flags_that_contradict_or_do_nothing_are_refused(flags: str) -> None:
+    with pytest.raises(UsageError, match=REFUSED[flags]):
+        generate.main([*STORY, *flags.split()])
+
+
+def test_a_chat_speculates(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    import sys
+
+    answers = []
+    for flags in ([], ["--draft", "ngram", "--speculate", "3"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Say yes.\nAgain.\n"))
+        assert chat.main([*HERE, "--model", "smollm2", "--max-new-tokens", "8", *flags]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and answers[0].count("\n") >= 2
