@@ -95,7 +95,7 @@ def load_draft(config: cli.EngineFlags, phases: cli.Phases) -> LoadedModel:
         draft = load_model(
             path, offline=config.offline, device=device, dtype=config.dtype, progress=advance, ranks=ranks
         )
-    use_kernels(draft, config.kernels)
+    use_kernels(draft, config.kernels, compile=config.compile)
     return draft
 
 

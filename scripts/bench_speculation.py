@@ -98,11 +98,11 @@ def load(config: argparse.Namespace) -> tuple[LoadedModel, LoadedModel]:
     if config.pair:
         target = load_model("stories", device=config.device, dtype=config.dtype, quant=config.quant)
         draft = load_model("stories-draft", device=config.device, dtype=config.dtype)
-        use_kernels(draft, config.kernels)
+        use_kernels(draft, config.kernels, compile=not config.no_compile)
     else:
         scheme = make_scheme(config.quant, group_size=128, symmetric=False, keep=None)
         target = random_model(shape(config.shape), placement, scheme=scheme)
-    use_kernels(target, config.kernels)
+    use_kernels(target, config.kernels, compile=not config.no_compile)
     return target, draft if config.pair else first_layers(target, config.layers)
 
 

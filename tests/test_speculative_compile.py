@@ -91,7 +91,7 @@ def test_fused_kernels_verify_what_they_decode_bit_for_bit() -> None:
     shape = {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "hidden_dim": 512, "n_layers": 3}
     target, draft = (random_model(seed, device="cuda", dtype="bf16", max_seq_len=400, **shape) for seed in (0, 1))
     for model in (target, draft):
-        use_kernels(model, "fused")
+        use_kernels(model, "fused", compile=True)
     plain = Engine(target, max_seq_len=400, compile=True)
     plain.warm_up(GREEDY)
     expected = [plain.generate([prompt], GREEDY)[0].tokens for prompt in PROMPTS]
