@@ -141,7 +141,7 @@ def test_a_profile_is_a_trace_of_the_generation(folder: Path, tmp_path: Path) ->
         (["--tempature", "1"], "unrecognized.*did you mean --temperature"),
         (["--quant", "int3"], "--quant.*int3.*int8"),
         (["--max-new-tokens", "x"], "--max-new-tokens.*'x'"),
-        (["--draft", "m"], "--draft: not built yet"),
+        (["--speculate", "3"], "--speculate: only with a --draft"),
     ],
 )
 def test_usage_errors_are_one_line_and_end_with_2(
