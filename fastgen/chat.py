@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     phases = cli.Phases()
     engine = _engine(config, session.load(config, phases), phases)
-    session.warm_up(engine, options, phases)
+    session.warm_up(engine, options, phases, cache_dir=config.cache_dir)
 
     conversation = Conversation(engine.model.tokenizer, config.system)
     chat = Chat(engine, conversation, options, answers=sys.stderr if config.json else sys.stdout)

@@ -56,6 +56,9 @@ class ComputeFlags(PlacementFlags):
     """How to compute."""
 
     compile: bool = flag(False, "compile with torch.compile", aliases=["compile-prefill"])
+    cache_dir: str | None = flag(
+        None, "with --compile: keep what is compiled in this folder (default: the user's cache)", metavar="DIR"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, model, phases, batch=config.num_samples, max_seq_len=_room(model, config, tokens)
     )
     engine.encode([tokens] * engine.batch)
-    session.warm_up(engine, options, phases)
+    session.warm_up(engine, options, phases, cache_dir=config.cache_dir)
     with _profile(config.profile if leads else None):
         completions, interrupted = _generate(engine, config, options, tokens, prompt)
     if completions and leads:

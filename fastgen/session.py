@@ -4,9 +4,11 @@ Commands import it inside functions, since it imports torch.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from fastgen import cli, report
+from fastgen.compile_cache import seal, use_cache
 from fastgen.device import describe
 from fastgen.engine import Engine
 from fastgen.errors import RecompiledError, UsageError
@@ -99,11 +101,39 @@ def load_draft(config: cli.EngineFlags, phases: cli.Phases) -> LoadedModel:
     return draft
 
 
-def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases) -> None:
-    """Compile what the engine needs, with progress and what to expect; does nothing without --compile."""
-    if engine.compiled:
-        with phases.phase("compile", "(first run 20 to 60 s, later a few)") as advance:
-            engine.warm_up(options, advance)
+def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases, *, cache_dir: str | None = None) -> None:
+    """Compile what the engine needs, with progress and what to expect; does nothing without --compile.
+
+    What is compiled is kept in `cache_dir`, or where Triton and PyTorch keep it. Raises `UsageError` where that
+    cannot be written.
+    """
+    if not engine.compiled:
+        if cache_dir:
+            raise UsageError("--cache-dir: only with --compile")
+        return
+    folder = use_cache(Path(cache_dir), _compile_facts(engine, options), _noting(phases)) if cache_dir else None
+    with phases.phase("compile", "(first run 20 to 60 s, later a few)") as advance:
+        engine.warm_up(options, advance)
+    if folder:
+        seal(folder)
+
+
+def _compile_facts(engine: Engine, options: GenerationOptions) -> dict[str, object]:
+    """Return what compiled kernels hang on, as JSON."""
+    model = engine.model
+    return {
+        "config": dataclasses.asdict(model.config),
+        "format": model.format,
+        "batch": engine.batch,  # no compiled kernel hangs on how long the cache is
+        "sampling": dataclasses.asdict(options.sampling.structure()),
+        "rank": [model.ranks.rank, model.ranks.world],
+        "device": describe(model.placement.device),
+        "versions": report.versions(),
+    }
+
+
+def _noting(phases: cli.Phases) -> Callable[[str], None]:
+    return lambda line: phases.note([line])
 
 
 def check_recompiles(config: cli.ModelFlags, engine: Engine) -> None:
