@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.sharded import CASES, logits, part, texts, whole
+from tests.sharded import CASES, drafting, logits, part, texts, whole
 from tp.dist import Ranks
 from tp.place import Place
 
@@ -23,8 +23,10 @@ def main(rank: int, jobs: dict[str, list[str]], folder: Path) -> None:
     for size, names in ((int(key), names) for key, names in jobs.items() if rank < int(key)):
         dist.init_process_group("gloo", init_method=f"file://{folder}/group{size}", rank=rank, world_size=size)
         for name in names:
-            mine = part(whole(CASES[name]), Ranks(Place(rank, size, rank)))
-            found[name, size] = (logits(mine), texts(mine))
+            ranks = Ranks(Place(rank, size, rank))
+            mine = part(whole(CASES[name]), ranks)
+            speculated = texts(mine, part(drafting(CASES[name]), ranks))
+            found[name, size] = (logits(mine), texts(mine), speculated)
         dist.destroy_process_group()
     torch.save(found, folder / f"found{rank}.pt")
 

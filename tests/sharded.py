@@ -11,6 +11,8 @@ from fastgen.engine import Engine
 from fastgen.kernels import reference
 from fastgen.load import LoadedModel, build
 from fastgen.options import GenerationOptions, SamplingOptions
+from fastgen.speculation import Speculation
+from fastgen.speculative import SpeculativeEngine
 from quantize.format import WeightFormat
 from quantize.scheme import Scheme
 from tests.models import random_model
@@ -91,12 +93,20 @@ def logits(model: LoadedModel) -> Tensor:
     return model.transformer.logits(hidden)[0]
 
 
-def texts(model: LoadedModel) -> dict[str, list[tuple[int, ...]]]:
-    """Tokens of greedy and sampled texts, one and three at a time."""
+def texts(model: LoadedModel, draft: LoadedModel | None = None) -> dict[str, list[tuple[int, ...]]]:
+    """Tokens of greedy and sampled texts, one and three at a time; with a draft, one at a time and speculated."""
     found = {}
-    for batch in (1, 3):
+    for batch in (1,) if draft else (1, 3):
         for name, sampling in (("greedy", SamplingOptions()), ("sampled", SAMPLED)):
             options = GenerationOptions(max_new_tokens=6, ignore_eos=True, logprobs=True, sampling=sampling)
-            done = Engine(model, batch=batch, max_seq_len=64).generate(PROMPTS[:batch], options)
-            found[f"{name}, batch {batch}"] = [row.tokens for row in done]
+            if draft:
+                engine: Engine = SpeculativeEngine(model, Speculation(draft=draft, count=3), max_seq_len=64)
+            else:
+                engine = Engine(model, batch=batch, max_seq_len=64)
+            found[f"{name}, batch {batch}"] = [row.tokens for row in engine.generate(PROMPTS[:batch], options)]
     return found
+
+
+def drafting(case: Case) -> LoadedModel:
+    """A model that drafts for a case's: it is right at times."""
+    return random_model(seed=1, **case.changes)

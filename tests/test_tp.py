@@ -8,7 +8,7 @@ from fastgen.errors import RankLostError
 from fastgen.options import GenerationOptions
 from fastgen.sampling import log_probabilities
 from tests.rank_threads import on_ranks
-from tests.sharded import CASES, PROMPTS, logits, part, texts, whole
+from tests.sharded import CASES, PROMPTS, drafting, logits, part, texts, whole
 from tp.dist import Ranks
 
 
@@ -26,6 +26,14 @@ def test_a_sampled_batch_is_the_same_on_three_ranks() -> None:
     model = whole(CASES["259 tokens"])
     expected = texts(model)
     assert all(found == expected for found in on_ranks(3, lambda ranks: texts(part(model, ranks))))
+
+
+def test_speculation_gives_the_same_texts_on_three_ranks() -> None:
+    case = CASES["259 tokens"]
+    model, draft = whole(case), drafting(case)
+    expected = texts(model)
+    for found in on_ranks(3, lambda ranks: texts(part(model, ranks), part(draft, ranks))):
+        assert found == {kind: expected[kind] for kind in found}
 
 
 def test_log_probabilities_are_those_of_the_whole_vocabulary() -> None:

@@ -1,4 +1,5 @@
-"""Processes over gloo compute what one computes: logits, greedy and sampled texts, one and three at a time."""
+"""Processes over gloo compute what one computes: logits, greedy and sampled texts, one and three at a time, speculated
+or not."""
 
 import json
 import os
@@ -40,9 +41,10 @@ def check(pairs: list[tuple[str, int]], folder: Path) -> None:
         model = whole(CASES[name])
         expected, expected_texts = logits(model), texts(model)
         for rank in range(size):
-            own, own_texts = found[rank][name, size]
+            own, own_texts, speculated = found[rank][name, size]
             assert torch.allclose(own, expected, rtol=1e-4, atol=1e-4), f"{name}, rank {rank} of {size}"
             assert own_texts == expected_texts, f"{name}, rank {rank} of {size}"
+            assert speculated == {kind: expected_texts[kind] for kind in speculated}, f"{name}, rank {rank} of {size}"
 
 
 def test_processes_give_the_logits_and_texts_of_one(tmp_path: Path) -> None:
