@@ -139,15 +139,18 @@ def use_kernels(model: LoadedModel, name: str, *, compile: bool) -> None:
     device, dtype = model.placement.device, model.placement.dtype
     made_for = device.type == "cuda" and dtype != torch.float32
     if name == "auto":
-        name = "fused" if compile and made_for and not model.formats and not model.plan else "reference"
+        name = "fused" if compile and made_for and not model.plan else "reference"
     if name == "reference":
         model.transformer.stages = _over_ranks(model, reference)
         return
     if not made_for:
         raise UsageError(f"--kernels {name}: only on CUDA in bf16 or fp16, not on {device} in {dtype}")
     from fastgen.kernels import fused  # noqa: PLC0415  (Triton, which CPU builds of torch lack)
+    from quantize.on_gpu import pack_linears  # noqa: PLC0415
 
     fused.prepare(device)
+    if not model.plan:
+        pack_linears(model.transformer)
     model.transformer.stages = _over_ranks(model, fused)
 
 

@@ -18,6 +18,8 @@ from fastgen.kernels import launch, reference
 from fastgen.kernels import linear_add as _linear_add
 from fastgen.kernels import norm_linear as _norm_linear
 from fastgen.kernels import norm_swiglu as _norm_swiglu
+from fastgen.kernels import packed_linear as _packed
+from fastgen.kernels.packed import TILE, PackedLinear
 from fastgen.kernels.reference import Step
 from fastgen.kernels.rope import Rope
 
@@ -27,8 +29,11 @@ LINEARS = ("wqkv", "wo", "w_gate_up", "w_down", "lm_head")
 def covers(model: nn.Module, tokens: int) -> bool:
     """Whether every stage of a model runs as a kernel for `tokens` tokens."""
     linears = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in LINEARS]
-    plain = all(isinstance(linear, nn.Linear) and _narrow(linear.weight) for linear in linears)
-    return plain and tokens <= launch.MAX_TOKENS
+    kernels = all(
+        isinstance(linear, PackedLinear) or isinstance(linear, nn.Linear) and _narrow(linear.weight)
+        for linear in linears
+    )
+    return kernels and tokens <= launch.MAX_TOKENS
 
 
 def prepare(device: torch.device) -> None:
@@ -61,6 +66,8 @@ def norm_linear(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """See `reference.norm_linear`."""
     if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
         return _norm_linear.norm_linear(x, norm.weight, _eps(norm), linear.weight, linear.bias)
+    if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
+        return _packed_linear(x, norm, linear)
     return reference.norm_linear(x, norm, linear)
 
 
@@ -68,6 +75,8 @@ def linear_add(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
     """See `reference.linear_add`."""
     if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
         return _linear_add.linear_add(x, linear.weight, linear.bias, residual)
+    if isinstance(linear, PackedLinear) and _fits(x, residual):
+        return _packed_linear(x, None, linear, residual)
     return reference.linear_add(x, linear, residual)
 
 
@@ -82,6 +91,10 @@ def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:
     """See `reference.norm_swiglu`."""
     if isinstance(gate_up, nn.Linear) and _fits(x, gate_up.weight):
         return _norm_swiglu.norm_swiglu(x, norm.weight, _eps(norm), gate_up.weight, gate_up.bias)
+    if isinstance(gate_up, PackedLinear) and gate_up.out_features % TILE == 0 and _fits(x, norm.weight):
+        return _packed.packed_swiglu(
+            x, norm.weight, _eps(norm), gate_up.words, gate_up.scales, gate_up.zeros, gate_up.bias, gate_up.out_features
+        )
     return reference.norm_swiglu(x, norm, gate_up)
 
 
@@ -89,6 +102,8 @@ def head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """See `reference.head`."""
     if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
         return _head.head(x, norm.weight, _eps(norm), linear.weight, linear.bias)
+    if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
+        return _packed_linear(x, norm, linear, wide=True)
     return reference.head(x, norm, linear)
 
 
@@ -96,6 +111,10 @@ def greedy_head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """See `reference.greedy_head`."""
     if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
         return _head.greedy_head(x, norm.weight, _eps(norm), linear.weight, linear.bias)
+    if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
+        return _packed.packed_greedy_head(
+            x, norm.weight, _eps(norm), linear.words, linear.scales, linear.zeros, linear.bias, linear.out_features
+        )
     return reference.greedy_head(x, norm, linear)
 
 
@@ -118,6 +137,15 @@ def attend(
     return _attend.attend(
         qkv, k_cache, v_cache, step.positions, step.rope, q_gain, k_gain, eps, scale, window
     )  # fmt: skip
+
+
+def _packed_linear(
+    x: Tensor, norm: nn.RMSNorm | None, linear: PackedLinear, residual: Tensor | None = None, *, wide: bool = False
+) -> Tensor:
+    gain, eps = (None, 0.0) if norm is None else (norm.weight, _eps(norm))
+    return _packed.packed_linear(
+        x, gain, eps, linear.words, linear.scales, linear.zeros, linear.bias, residual, linear.out_features, wide
+    )
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:

@@ -96,7 +96,7 @@ def pick_token_kernel(best, ids, out, blocks, WIDTH: tl.constexpr, PDL: tl.const
         here = start + lane < blocks
         value = tl.load(best + row + start + lane, mask=here, other=float("-inf"))
         name = tl.load(ids + row + start + lane, mask=here, other=0)
-        token = tl.where(value > top, name, token)
+        token = tl.where((value > top) | ((value == top) & (name < token)), name, token)
         top = tl.maximum(top, value)
     most = tl.max(top, axis=0)
     winner = tl.min(tl.where(top == most, token, 0x7FFFFFFF), axis=0)

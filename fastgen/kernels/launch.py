@@ -82,7 +82,7 @@ def device_name() -> str:
 
 def programs(device: torch.device, shape: Shape, blocks: int) -> int:
     """Return the size of the grid for `blocks` row blocks."""
-    return min(blocks, shape.per_processor * _processors(device))
+    return min(blocks, shape.per_processor * processors(device))
 
 
 def dependent_launch(device: torch.device) -> dict[str, bool]:
@@ -116,7 +116,8 @@ def _name(device: torch.device) -> str:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

@@ -1,0 +1,190 @@
+"""int4 and int8 weights in the order in which tensor cores take them: the layout in GPU memory, and the linear.
+
+A matrix [n, K] is cut into tiles of 16 rows and units of 128 columns. Tile i holds rows 8i .. 8i + 7 and as many from
+8 tiles + 8i on: the two halves of a matrix meet in a tile, a gate row and its up row in a lane. What the matrix lacks
+to whole tiles and units is filled with zeros.
+
+    tensor  shape                             dtype  content
+    words   [tiles, units, planes, 2, 32, 4]  int32  eight 4-bit weights a word, see below
+    scales  [tiles, units, groups, 8]         int32  int4: two in the model's dtype, of row g of the first half in the
+                                                     low bits, of the second in the high; `groups` of 32, 64 or 128
+                                                     columns in a unit (of 256: repeated in a second unit)
+            [tiles, 8]                        int32  int8: the same, for all columns
+    zeros   [tiles, units, groups, 4]         int32  int4 with zero points: 24 + zero point a byte, in their order
+                                                     g = 0 first half, g = 0 second half, g = 1 ..
+
+Word i of lane 4g + t in part h of a unit belongs to step s = 4h + i of eight, each a product of 16 rows and 16 columns
+(PTX ISA, mma.m16n8k16). With k = 32 (s / 2) + 8t + 4 (s mod 2), nibble 4j + m of the word is
+
+    row g of half m mod 2, column k + 2 (m / 2) + j         j = 0, 1   m = 0 .. 3
+
+after which the word is rotated left by three bits: nibble m of both 16-bit halves then stands in a bf16's mantissa
+once the word is rotated right by 4m. int4 stores q + 8 (one plane); int8 stores q + 128, its high four bits in plane
+0, the low in plane 1. A weight takes its 4 or 8 bits, nothing more.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+TILE, UNIT = 16, 128
+
+
+class PackedLinear(nn.Module):
+    """A linear [.., in] -> [.., out] whose weights lie in the kernels' layout; on CUDA.
+
+    `fused` runs up to 16 tokens with the kernels of `packed_linear`. The module itself unpacks and multiplies, which
+    serves any number of tokens.
+
+    Args:
+        words, scales, zeros: see above; scales are bit patterns of `dtype`, bf16 or fp16.
+        bias: [out] in `dtype`.
+    """
+
+    zeros: Tensor | None
+
+    def __init__(
+        self, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
+        *, out_features: int, in_features: int, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
+        self.words = nn.Parameter(words, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.register_parameter("zeros", None if zeros is None else nn.Parameter(zeros, requires_grad=False))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [.., in] times the weights, plus the bias, [.., out]; x in `dtype`."""
+        weight = unpack(self.words, self.scales, self.zeros, self.out_features, self.in_features, self.dtype)
+        return F.linear(x, weight, self.bias)
+
+
+def pack_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> PackedLinear:
+    """Return the linear of int4 weights as `quantize.int4` has them.
+
+    packed [out, in / 8] int32, scale [out, groups] bf16 or fp16, zero_point [out, groups] int8, bias [out].
+    """
+    n, width = packed.shape[0], 8 * packed.shape[1]
+    tiles, units, group = triton.cdiv(n, TILE), triton.cdiv(width, UNIT), width // scale.shape[1]
+    words = packed.new_empty(tiles, units, 1, 2, 32, 4)
+    pack_int4_kernel[(tiles, units)](packed.contiguous(), words, n, width)
+    scales = _in_tiles(scale, tiles, units, group).view(torch.int32)
+    zeros = None
+    if zero_point is not None:
+        zeros = _in_tiles(zero_point.to(torch.uint8) + 24, tiles, units, group).view(torch.int32)
+    return PackedLinear(words, scales, zeros, bias, out_features=n, in_features=width, dtype=scale.dtype)
+
+
+def pack_int8(weight: Tensor, scale: Tensor, bias: Tensor | None) -> PackedLinear:
+    """Return the linear of int8 weights as `quantize.int8` has them: weight [out, in] int8, scale [out, 1] as above."""
+    n, width = weight.shape
+    tiles, units = triton.cdiv(n, TILE), triton.cdiv(width, UNIT)
+    words = torch.empty(tiles, units, 2, 2, 32, 4, dtype=torch.int32, device=weight.device)
+    pack_int8_kernel[(tiles, units)](weight.contiguous(), words, n, width)
+    scales = _in_tiles(scale, tiles, 1, UNIT).view(torch.int32).view(tiles, 8)
+    return PackedLinear(words, scales, None, bias, out_features=n, in_features=width, dtype=scale.dtype)
+
+
+def _in_tiles(values: Tensor, tiles: int, units: int, group: int) -> Tensor:
+    """Return values [n, groups] as [tiles, units, groups of a unit, 16], the two halves of the rows in turn."""
+    a_unit = max(1, UNIT // group)
+    values = values.repeat_interleave(max(1, group // UNIT), dim=1)
+    filled = F.pad(values, (0, units * a_unit - values.shape[1], 0, tiles * TILE - values.shape[0]))
+    return filled.view(2, tiles, 8, units, a_unit).permute(1, 3, 4, 2, 0).reshape(tiles, units, a_unit, TILE)
+
+
+@torch.library.custom_op("fastgen::unpack", mutates_args=())
+def unpack(
+    words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, width: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """Return the weights [n, width] in `dtype`."""
+    weight = torch.empty(n, width, dtype=dtype, device=words.device)
+    tiles, units, planes = words.shape[:3]
+    groups = 0 if planes == 2 else scales.shape[2]
+    unpack_kernel[(tiles, units)](
+        words, scales.view(dtype), None if zeros is None else zeros.view(torch.uint8), weight, n, width, GROUPS=groups
+    )
+    return weight
+
+
+@unpack.register_fake
+def _(words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(n, width, dtype=dtype, device=words.device)
+
+
+@triton.jit
+def _place(n):
+    """Return half, row and column [256, 8] of the nibbles of this program's unit, and their shifts."""
+    word = tl.arange(0, 256)[:, None]
+    nibble = tl.arange(0, 8)[None, :]
+    step = word // 128 * 4 + word % 4
+    g, t = word % 128 // 16, word // 4 % 4
+    j, m = nibble // 4, nibble % 4
+    half = m % 2
+    row = half * (tl.num_programs(0) * 8) + tl.program_id(0) * 8 + g
+    column = tl.program_id(1) * 128 + step // 2 * 32 + t * 8 + step % 2 * 4 + m // 2 * 2 + j
+    return half, g, row, column, (nibble * 4 + 3) % 32
+
+
+@triton.jit
+def _rotated(nibbles, nibble):
+    """Return the words [256] of nibbles [256, 8] uint32."""
+    word = tl.sum(nibbles << (nibble * 4), axis=1)
+    return (word << 3) | (word >> 29)
+
+
+@triton.jit
+def _field(words, shift):
+    """Return the four bits from `shift` on, which may run around a word's end."""
+    bits = words.to(tl.uint32)
+    return ((bits >> shift) | (bits << ((32 - shift) % 32))) & 15
+
+
+@triton.jit
+def pack_int4_kernel(packed, words, n, width):
+    """Grid (tiles, units); packed [n, width / 8], weight 8j + i of a row in bits 4i of its word j."""
+    _half, _g, row, column, _shift = _place(n)
+    here = (row < n) & (column < width)
+    q = tl.load(packed + row.to(tl.int64) * (width // 8) + column // 8, mask=here, other=0)
+    q = (q >> (column % 8 * 4)) & 15
+    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 256
+    tl.store(words + at + tl.arange(0, 256), _rotated(q.to(tl.uint32), tl.arange(0, 8)[None, :]).to(tl.int32))
+
+
+@triton.jit
+def pack_int8_kernel(weight, words, n, width):
+    """Grid (tiles, units); weight [n, width] int8."""
+    _half, _g, row, column, _shift = _place(n)
+    here = (row < n) & (column < width)
+    q = tl.load(weight + row.to(tl.int64) * width + column, mask=here, other=0).to(tl.int32) + 128
+    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 512 + tl.arange(0, 256)
+    nibble = tl.arange(0, 8)[None, :]
+    tl.store(words + at, _rotated((q >> 4).to(tl.uint32), nibble).to(tl.int32))
+    tl.store(words + at + 256, _rotated((q & 15).to(tl.uint32), nibble).to(tl.int32))
+
+
+@triton.jit
+def unpack_kernel(words, scales, zeros, weight, n, width, GROUPS: tl.constexpr):
+    """Grid (tiles, units); scales in the dtype of weight [n, width], zeros uint8; GROUPS of a unit, 0: int8."""
+    half, g, row, column, shift = _place(n)
+    unit = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    word = tl.arange(0, 256)[:, None]
+    if GROUPS == 0:
+        high = _field(tl.load(words + unit * 512 + word), shift)
+        low = _field(tl.load(words + unit * 512 + 256 + word), shift)
+        q = (high * 16 + low).to(tl.float32) - 128.0
+        scale = tl.load(scales + tl.program_id(0) * 16 + g * 2 + half)
+    else:
+        q = _field(tl.load(words + unit * 256 + word), shift).to(tl.float32)
+        pair = (unit * GROUPS + column % 128 // (128 // GROUPS)) * 16 + g * 2 + half
+        scale = tl.load(scales + pair)
+        if zeros is not None:
+            q += 16.0 - tl.load(zeros + pair).to(tl.float32)
+        else:
+            q -= 8.0
+    here = (row < n) & (column < width)
+    value = (q * scale.to(tl.float32)).to(weight.dtype.element_ty)
+    tl.store(weight + row.to(tl.int64) * width + column, value, mask=here)

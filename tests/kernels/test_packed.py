@@ -1,0 +1,87 @@
+"""The layout of int4 and int8 weights in GPU memory: golden bytes, and back to what was packed."""
+
+import pytest
+import torch
+
+from fastgen.kernels.packed import PackedLinear, pack_int4, pack_int8, unpack
+from quantize import int4, int8
+from tests.kernels.support import INTERPRETED, in_interpreter, on_gpu
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+SHAPES = [(16, 128, 128), (40, 96, 32), (111, 192, 64), (24, 512, 256), (256, 1024, 128)]
+
+
+def random_int4(out: int, width: int, group: int, zeros: bool) -> tuple[PackedLinear, torch.Tensor]:
+    """A linear, and its weights."""
+    torch.manual_seed(out + width)
+    weight = torch.randn(out, width, device=DEVICE)
+    q, scale, zero_point = int4.quantize(weight, group, symmetric=not zeros, scale_dtype=torch.float16)
+    stored = int4.pack(q)
+    exact = int4.dequantize(stored, scale.float(), zero_point, torch.float32)
+    return pack_int4(stored, scale, zero_point, None), exact
+
+
+def random_int8(out: int, width: int) -> tuple[PackedLinear, torch.Tensor]:
+    """A linear, and its weights."""
+    torch.manual_seed(out + width)
+    q, scale = int8.quantize(torch.randn(out, width, device=DEVICE), torch.float16)
+    return pack_int8(q, scale, None), int8.dequantize(q, scale.float(), torch.float32)
+
+
+def weights_of(linear: PackedLinear) -> torch.Tensor:
+    return unpack(linear.words, linear.scales, linear.zeros, linear.out_features, linear.in_features, linear.dtype)
+
+
+def check_golden_bytes() -> None:
+    """Weight (row, column) holds (row + column) mod 16 in a tile of 16 x 128; the module's docstring gives the rest."""
+    row, column = torch.arange(16, device=DEVICE)[:, None], torch.arange(128, device=DEVICE)
+    q = ((row + column) % 16 - 8).to(torch.int8)
+    scale = torch.arange(1, 17, device=DEVICE, dtype=torch.float16)[:, None]
+    zero_point = torch.arange(-8, 8, device=DEVICE, dtype=torch.int8)[:, None]
+    linear = pack_int4(int4.pack(q), scale, zero_point, None)
+    words = linear.words[0, 0, 0].cpu()
+    # Lane 0: rows 0 and 8; columns 0, 1, 2, 3. Nibbles from m = 0, j = 0 on: 0, 8, 2, 10; then j = 1: 1, 9, 3, 11.
+    assert words[0, 0, 0].item() & 0xFFFFFFFF == (0xB391A280 << 3 | 0xB391A280 >> 29) & 0xFFFFFFFF
+    # Lane 6 is g = 1, t = 2, word 3 of part 1 is step 7: columns 96 + 16 + 4 .. 96 + 16 + 7 of rows 1 and 9.
+    assert words[1, 6, 3].item() & 0xFFFFFFFF == (0x08E6F7D5 << 3 | 0x08E6F7D5 >> 29) & 0xFFFFFFFF
+    scales = linear.scales.view(torch.float16).flatten().tolist()
+    assert scales[:4] == [1.0, 9.0, 2.0, 10.0] and scales[-1] == 16.0
+    assert linear.zeros is not None
+    assert linear.zeros.view(torch.uint8).flatten().tolist()[:4] == [16, 24, 17, 25]
+
+
+def check_round_trip(out: int, width: int, group: int) -> None:
+    for zeros in (False, True):
+        linear, exact = random_int4(out, width, group, zeros)
+        assert torch.equal(weights_of(linear), exact.half()), f"int4, zero points {zeros}"
+    linear, exact = random_int8(out, width)
+    assert torch.equal(weights_of(linear), exact.half()), "int8"
+
+
+@in_interpreter
+def test_golden_bytes_in_the_interpreter() -> None:
+    check_golden_bytes()
+
+
+@in_interpreter
+@pytest.mark.parametrize(("out", "width", "group"), SHAPES[:4])
+def test_packed_weights_come_back_in_the_interpreter(out: int, width: int, group: int) -> None:
+    check_round_trip(out, width, group)
+
+
+@on_gpu
+def test_golden_bytes() -> None:
+    check_golden_bytes()
+
+
+@on_gpu
+@pytest.mark.parametrize(("out", "width", "group"), SHAPES)
+def test_packed_weights_come_back(out: int, width: int, group: int) -> None:
+    check_round_trip(out, width, group)
+
+
+@on_gpu
+def test_many_tokens_are_unpacked_and_multiplied() -> None:
+    linear, exact = random_int4(256, 1024, 128, True)
+    x = torch.randn(3, 40, 1024, device="cuda", dtype=torch.float16)
+    torch.testing.assert_close(linear(x), torch.nn.functional.linear(x, exact.half()))

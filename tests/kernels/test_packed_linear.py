@@ -1,0 +1,194 @@
+"""The stages with int4 and int8 weights: against fp64, the same bits for any number of tokens, compiled ahead."""
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from fastgen.kernels import fused, packed_linear, reference
+from fastgen.kernels.packed import PackedLinear, pack_int4, pack_int8, unpack
+from quantize import int4, int8
+from tests.kernels import support
+from tests.kernels.support import compiled_ahead, on_gpu
+
+FORMATS = ["int8", "g32", "g64 zeros", "g128", "g128 zeros", "g256 zeros"]
+TOKENS = [1, 5, 8, 16]
+
+
+def linear(out: int, width: int, form: str, dtype: torch.dtype, *, bias: bool = False) -> PackedLinear:
+    """A quantized linear with weights of about 1 / sqrt(width)."""
+    weight = torch.randn(out, width, device="cuda") * width**-0.5
+    offsets = torch.randn(out, device="cuda").to(dtype) if bias else None
+    if form == "int8":
+        q, scale = int8.quantize(weight, dtype)
+        return pack_int8(q, scale, offsets)
+    group = int(form.partition(" ")[0][1:])
+    q, scale, zero_point = int4.quantize(weight, group, symmetric="zeros" not in form, scale_dtype=dtype)
+    return pack_int4(int4.pack(q), scale, zero_point, offsets)
+
+
+def in_fp64(packed: PackedLinear) -> nn.Module:
+    """The same linear, exactly; scales have at most 11 bits and weights 8, so their products are exact in fp32."""
+    scales = packed.scales.view(packed.dtype).float()
+    exact = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, dtype=torch.float64)
+    exact.to("cuda").requires_grad_(False)
+    wide = unpack_exactly(packed, scales)
+    exact.weight.copy_(wide)
+    if packed.bias is not None:
+        exact.bias.copy_(packed.bias)
+    return exact
+
+
+def unpack_exactly(packed: PackedLinear, scales: Tensor) -> Tensor:
+    """Weights in fp64: integers are unpacked with scales of one, then multiplied."""
+    size = (packed.out_features, packed.in_features)
+    ones = torch.ones_like(packed.scales.view(packed.dtype)).view(torch.int32)
+    integers = unpack(packed.words, ones, packed.zeros, *size, packed.dtype).double()
+    if packed.words.shape[2] == 2:
+        rows = scales.view(-1, 8, 2).permute(2, 0, 1).reshape(-1)[: size[0]]
+        return integers * rows.double()[:, None]
+    tiles, units, groups, _ = packed.scales.shape
+    rows = scales.view(tiles, units, groups, 8, 2).permute(4, 0, 3, 1, 2).reshape(16 * tiles, units * groups)
+    return integers * rows.double().repeat_interleave(128 // groups, dim=1)[: size[0], : size[1]]
+
+
+def inputs(out: int, width: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, nn.RMSNorm, Tensor]:
+    torch.manual_seed(out + width + tokens)
+    x = torch.randn(1, tokens, width, device="cuda").to(dtype)
+    return x, support.norm(width, dtype=dtype, device="cuda"), torch.randn(1, tokens, out, device="cuda").to(dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("out", "width", "bias"), [(112, 256, True), (4096, 1536, False)])
+def test_error_is_at_most_twice_torchs(out: int, width: int, bias: bool, form: str, dtype: torch.dtype) -> None:
+    for tokens in TOKENS:
+        x, norm, residual = inputs(out, width, tokens, dtype)
+        packed = linear(out, width, form, dtype, bias=bias)
+        exact, exact_norm = in_fp64(packed), support.in_fp64(norm)
+        for name, arguments, precise in (
+            ("norm_linear", (x, norm, packed), (x.double(), exact_norm, exact)),
+            ("linear_add", (x, packed, residual), (x.double(), exact, residual.double())),
+            ("norm_swiglu", (x, norm, packed), (x.double(), exact_norm, exact)),
+            ("head", (x, norm, packed), None),
+        ):
+            actual = support.poisoned(getattr(fused, name), *arguments)
+            if precise is None:
+                assert torch.equal(actual.to(dtype), fused.norm_linear(x, norm, packed)), "head"
+                continue
+            wanted = getattr(reference, name)(*precise)
+            support.assert_as_good_as(actual, getattr(reference, name)(*arguments), wanted, f"{name}, {tokens} tokens")
+
+
+@on_gpu
+@pytest.mark.parametrize(("out", "width"), [(111, 72), (333, 1000), (48, 40)])
+def test_odd_sizes(out: int, width: int) -> None:
+    for tokens in (1, 3, 9):
+        x, norm, residual = inputs(out, width, tokens, torch.bfloat16)
+        packed = linear(out, width, "int8", torch.bfloat16)
+        wanted = reference.linear_add(x.double(), in_fp64(packed), residual.double())
+        actual = support.poisoned(fused.linear_add, x, packed, residual)
+        support.assert_as_good_as(actual, reference.linear_add(x, packed, residual), wanted, f"{tokens} tokens")
+        assert torch.equal(fused.norm_swiglu(x, norm, packed), reference.norm_swiglu(x, norm, packed)) or out % 16
+
+
+@on_gpu
+@pytest.mark.parametrize("form", ["int8", "g32", "g128 zeros"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("out", "width"), [(112, 64), (4096, 4096), (512, 11008), (128, 28672)])
+def test_a_token_has_the_same_bits_among_others(out: int, width: int, dtype: torch.dtype, form: str) -> None:
+    x, norm, residual = inputs(out, width, 16, dtype)
+    packed = linear(out, width, form, dtype)
+    together = fused.norm_linear(x, norm, packed), fused.linear_add(x, packed, residual)
+    for tokens in (1, 2, 7, 8, 9):
+        some = x[:, :tokens].contiguous()
+        assert torch.equal(fused.norm_linear(some, norm, packed), together[0][:, :tokens]), f"{tokens} tokens, norm"
+        apart = fused.linear_add(some, packed, residual[:, :tokens].contiguous())
+        assert torch.equal(apart, together[1][:, :tokens]), f"{tokens} tokens"
+
+
+@on_gpu
+@pytest.mark.parametrize("form", ["int8", "g128 zeros"])
+def test_the_greedy_head_takes_the_first_of_the_largest_logits(form: str) -> None:
+    x, norm, _ = inputs(1000, 512, 11, torch.bfloat16)
+    packed = linear(1000, 512, form, torch.bfloat16)
+    logits = fused.head(x, norm, packed)
+    assert torch.equal(fused.greedy_head(x, norm, packed), logits.argmax(-1))
+    x[0, 3] = float("nan")
+    tokens = fused.greedy_head(x, norm, packed)[0].tolist()
+    assert tokens[3] == -1 and -1 not in tokens[:3] + tokens[4:]
+    one = torch.ones(1000, 512, dtype=torch.int8, device="cuda")
+    same = pack_int8(one, one[:, :1].bfloat16(), None)
+    assert not fused.greedy_head(x[:, :3].abs(), norm, same).any(), "all logits are equal: the lowest token"
+
+
+@on_gpu
+def test_large_and_small_activations_stay_finite_in_fp16() -> None:
+    x, norm, _ = inputs(256, 512, 2, torch.float16)
+    packed = linear(256, 512, "g128 zeros", torch.float16)
+    for scale in (1e-3, 1e4):
+        scaled = (x.double() * scale).half()
+        exact = reference.norm_linear(scaled.double(), support.in_fp64(norm), in_fp64(packed))
+        for tokens in (1, 2):
+            y = fused.norm_linear(scaled[:, :tokens].contiguous(), norm, packed)
+            assert support.distance(y, exact[:, :tokens]) < 2e-3, f"activations around {scale}"
+
+
+@on_gpu
+def test_compiles_in_one_graph_and_passes_opcheck() -> None:
+    x, norm, residual = inputs(512, 256, 3, torch.bfloat16)
+    packed = linear(512, 256, "g64 zeros", torch.bfloat16, bias=True)
+    compiled = torch.compile(lambda x: fused.linear_add(x, packed, residual) * 2, fullgraph=True)
+    assert torch.equal(compiled(x), fused.linear_add(x, packed, residual) * 2)
+    weight = (packed.words, packed.scales, packed.zeros, packed.bias)
+    torch.library.opcheck(packed_linear.packed_linear, (x, norm.weight, 1e-5, *weight, residual, 512, False))
+    torch.library.opcheck(packed_linear.packed_swiglu, (x, norm.weight, 1e-5, *weight, 512))
+    torch.library.opcheck(packed_linear.packed_greedy_head, (x, norm.weight, 1e-5, *weight, 512))
+
+
+def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any]) -> dict[str, Any]:
+    """Compile a kernel for a GPU that need not be there; return its code at every stage."""
+    types = {
+        "words": "*u32", "scales": "*u32", "zeros": "*u32", "factors": "*fp32", "best": "*fp32", "ids": "*i32",
+        "tokens": "i32", "n": "i32", "tiles": "i32", "eps": "fp32",
+    }  # fmt: skip
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names
+    }  # fmt: skip
+    aligned = {
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if signature[name].startswith("*")
+    }
+    options = {"num_warps": packed_linear.WARPS} | ({"launch_pdl": True} if capability >= 90 else {})
+    source = GluonASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
+
+
+@compiled_ahead
+@pytest.mark.parametrize(("capability", "pdl"), support.TARGETS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sets", [0, 2])
+@pytest.mark.parametrize("name", ["linear", "swiglu", "best"])
+def test_weights_go_from_memory_to_the_tensor_cores_in_registers(
+    name: str, sets: int, bits: int, capability: int, pdl: bool
+) -> None:
+    shape = packed_linear.SHAPES[bits][0 if sets == 0 else 1]
+    constants = {
+        "WIDTH": 4096, "PLANES": bits // 4, "SUB": 0 if bits == 8 else 1, "SETS": sets, "R": shape.tiles,
+        "U": shape.units, "STAGES": shape.stages, "WARPS": packed_linear.WARPS, "PDL": pdl, "bias": None,
+    }  # fmt: skip
+    constants |= {"factors": None} if sets == 0 else {"norm": None}
+    constants |= {"zeros": None} if bits == 8 else {}
+    code = compile_ahead(getattr(packed_linear, f"packed_{name}_kernel"), capability, constants)
+    ptx = code["ptx"]
+    assert code["cubin"], "ptxas gives a binary"
+    assert ptx.count("mma.sync.aligned.m16n8k16") >= 8 and ".x4.shared" not in ptx
+    loop = ptx[ptx.index("mma.sync") :]
+    assert "ld.shared.v4" in ptx and "cp.async.cg.shared.global" in loop, "16 bytes at a time, copied ahead in the loop"
+    if pdl:
+        wait = ptx.index("griddepcontrol.wait")
+        assert ptx.index("cp.async.cg.shared.global") < wait < ptx.index("mma.sync"), "weights are copied before it"
