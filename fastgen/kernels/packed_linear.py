@@ -23,8 +23,11 @@ from fastgen.kernels.packed_product import prepare_kernel, stream_product
 WARPS = 8
 """Warps that share a row; they are the order of every sum along K."""
 
+REGISTERS = 1 << 16
+"""Of a multiprocessor, from sm_80 on."""
+
 SHARED_BYTES = 96 << 10
-"""What one token's x and its sums may take of shared memory, beside 60 KB for the weights; what is longer is read as
+"""What one token's x may take of shared memory, beside 60 KB for the weights; what is longer is read as
 several tokens are."""
 
 
@@ -43,7 +46,7 @@ class Shape(NamedTuple):
     per_processor: int
 
 
-SHAPES = {4: (Shape(1, 2, 3, 3), Shape(2, 1, 3, 2)), 8: (Shape(1, 1, 3, 3), Shape(2, 1, 3, 1))}
+SHAPES = {4: (Shape(1, 2, 3, 3), Shape(2, 1, 3, 2)), 8: (Shape(1, 1, 4, 2), Shape(2, 1, 3, 1))}
 """By bits, for one token and for several; from sweeps on an H200."""
 
 
@@ -123,7 +126,7 @@ def _launch(
         x = F.pad(x, (0, units * UNIT - width))
         norm = None if norm is None else F.pad(norm, (0, units * UNIT - width))
     options = launch.dependent_launch(x.device)
-    alone = tokens == 1 and units * (2 * UNIT + 128 * max(groups, 1)) <= SHARED_BYTES
+    alone = tokens == 1 and 2 * units * UNIT <= SHARED_BYTES
     factors = None
     if norm is not None and not alone:
         scaled, factors = torch.empty_like(x), torch.empty(tokens, dtype=torch.float32, device=x.device)
@@ -132,12 +135,13 @@ def _launch(
         )
         x, norm = scaled, None
     shape = SHAPES[4 * planes][0 if alone else 1]
+    registers = {"maxnreg": REGISTERS // (32 * WARPS * shape.per_processor) // 8 * 8} if alone else {}
     grid = (min(triton.cdiv(tiles, shape.tiles), shape.per_processor * launch.processors(x.device)),)
     kernel[grid](
         x.contiguous(), norm, factors, _unsigned(words), _unsigned(scales), None if zeros is None else _unsigned(zeros),
         tokens, n, tiles, eps, **tensors, WIDTH=width, PLANES=planes, SUB=groups,
         SETS=0 if alone else triton.cdiv(tokens, 8), R=shape.tiles, U=shape.units, STAGES=shape.stages, WARPS=WARPS,
-        PDL=bool(options), num_warps=WARPS, **options,
+        PDL=bool(options), num_warps=WARPS, **options, **registers,
     )  # fmt: skip
 
 
@@ -153,8 +157,8 @@ def packed_linear_kernel(
 ):  # fmt: skip
     """bias [n] or None, residual [tokens, n] or None, out [tokens, n]; the rest as `stream_product` has it."""
     stream_product(
-        x, norm, factors, (words, scales, zeros), tokens, n, tiles, eps, _store, (out, bias, residual), WIDTH, PLANES,
-        SUB, SETS, R, U, STAGES, WARPS, PDL,
+        x, norm, factors, (words, scales, zeros), tokens, n, tiles, eps, _load_residual, _store,
+        (out, bias, residual), WIDTH, PLANES, SUB, SETS, R, U, STAGES, WARPS, PDL,
     )  # fmt: skip
 
 
@@ -166,8 +170,8 @@ def packed_swiglu_kernel(
 ):  # fmt: skip
     """bias [n] or None, out [tokens, n / 2]; the rest as `stream_product` has it."""
     stream_product(
-        x, norm, factors, (words, scales, zeros), tokens, n, tiles, eps, _gate_and_store, (out, bias), WIDTH, PLANES,
-        SUB, SETS, R, U, STAGES, WARPS, PDL,
+        x, norm, factors, (words, scales, zeros), tokens, n, tiles, eps, _nothing, _gate_and_store, (out, bias),
+        WIDTH, PLANES, SUB, SETS, R, U, STAGES, WARPS, PDL,
     )  # fmt: skip
 
 
@@ -179,7 +183,7 @@ def packed_best_kernel(
 ):  # fmt: skip
     """bias [n] or None, best and ids [tokens, tiles]; the rest as `stream_product` has it."""
     stream_product(
-        x, norm, factors, (words, scales, zeros), tokens, n, tiles, eps, _store_best,
+        x, norm, factors, (words, scales, zeros), tokens, n, tiles, eps, _nothing, _store_best,
         (best, ids, bias, tokens, tiles), WIDTH, PLANES, SUB, SETS, R, U, STAGES, WARPS, PDL,
     )  # fmt: skip
 
@@ -192,18 +196,33 @@ def _biased(y, row, here, bias):
 
 
 @gluon.jit
-def _store(y, tile, row, token, here, n, extra):
-    """Store y [64, 2] plus bias and residual."""
-    out, bias, residual = extra
-    y = _biased(y, row, here, bias)
-    at = token.to(gl.int64) * n + row
-    if residual is not None:
-        y += gl.load(residual + at, mask=here, other=0.0).to(gl.float32)
-    gl.store(out + at, y.to(out.dtype.element_ty), mask=here)
+def _nothing(row, token, here, n, extra):
+    """Load nothing before the sums are made."""
+    return 0.0
 
 
 @gluon.jit
-def _gate_and_store(y, tile, row, token, here, n, extra):
+def _load_residual(row, token, here, n, extra):
+    """Return the residual [64, 2] fp32, if there is one."""
+    residual = extra[2]
+    if residual is not None:
+        return gl.load(residual + token.to(gl.int64) * n + row, mask=here, other=0.0).to(gl.float32)
+    else:
+        return 0.0
+
+
+@gluon.jit
+def _store(y, early, tile, row, token, here, n, extra):
+    """Store y [64, 2] plus bias and residual."""
+    out, bias, residual = extra
+    y = _biased(y, row, here, bias)
+    if residual is not None:
+        y += early
+    gl.store(out + token.to(gl.int64) * n + row, y.to(out.dtype.element_ty), mask=here)
+
+
+@gluon.jit
+def _gate_and_store(y, early, tile, row, token, here, n, extra):
     """Store silu(gate) * up of y [64, 2], gate rows in the first half, up rows in the second."""
     out, bias = extra
     gate, up = gl.split(_biased(y, row, here, bias))
@@ -213,7 +232,7 @@ def _gate_and_store(y, tile, row, token, here, n, extra):
 
 
 @gluon.jit
-def _store_best(y, tile, row, token, here, n, extra):
+def _store_best(y, early, tile, row, token, here, n, extra):
     """Store the largest of y [64, 2] and its row for each of the tile's eight tokens; NaN counts as +inf."""
     best, ids, bias, tokens, tiles = extra
     y = _biased(y, row, here, bias)
@@ -224,5 +243,6 @@ def _store_best(y, tile, row, token, here, n, extra):
     spread = gl.convert_layout(top, gl.SliceLayout(0, gl.SliceLayout(2, y.type.layout)))[None, :, None]
     winner = gl.min(gl.min(gl.where(y == spread, rows, 0x7FFFFFFF), axis=2), axis=0)
     column = gl.max(gl.max(gl.reshape(token + row * 0, [8, 8, 2]), axis=2), axis=0)
-    gl.store(best + column * tiles + tile, top, mask=column < tokens)
-    gl.store(ids + column * tiles + tile, winner, mask=column < tokens)
+    there = (column < tokens) & (tile < tiles)
+    gl.store(best + column * tiles + tile, top, mask=there)
+    gl.store(ids + column * tiles + tile, winner, mask=there)

@@ -3,22 +3,23 @@
 At four bits a weight a multiprocessor must turn 40 weights into products each clock, so nothing may stand between
 memory and the tensor cores. The weights lie in memory in the very order in which a warp's lanes hold the operand of
 mma.m16n8k16 (`fastgen.kernels.packed`): a lane copies 16 bytes (`cp.async`, a ring of STAGES in shared memory), reads
-its own words back, and three shifts, four `lop3` and four packed additions turn a word of eight 4-bit weights into
-the four registers that the instruction takes. Nothing is converted, no layout changes.
+them back, and three shifts and four `lop3` turn a word of eight 4-bit weights q into the four registers of 16 + q
+that the instruction takes. Nothing is converted to a float, no layout changes.
 
-- The four bits q are put into the mantissa of 16.0, which gives 16 + q, and 16 + the zero point's q is subtracted:
-  exact in bf16 and fp16. Scales are applied to sums, in fp32. int8 is two planes of four bits.
+- 16 + q: the four bits are put into the mantissa of 16.0. The 16 leaves the sum again by B = sum(x), a product with
+  ones: sum(w x) = s (sum((16 + q) x) - (24 + z) B) for a group of scale s and zero point z, in fp32. int8 is two
+  planes of four bits, q + 128 = 16 high + low.
 - Weights are the operand of 16 rows, tokens its 8 columns (a second product from 9 tokens on; columns beyond the
   tokens repeat the last). A column's sum does not depend on the others, so a token that is verified among others gets
   the bits that it gets alone.
 - A warp takes every WARPS-th unit of 128 columns; at the end of a tile the warps' sums are added in order.
 - RMSNorm's gain is multiplied into x, its scale into the result. fp16 could overflow there: x is first multiplied
-  with the power of two below the scale. One token's x lies in shared memory; for more, `prepare` does this before.
-- Under programmatic dependent launch the ring is filled before the program waits for the kernel ahead of it. A
-  program takes a quarter of a multiprocessor, so that the next kernel's start beside it and memory stays busy.
+  with the power of two below the scale. One token's x lies in shared memory; for more, `prepare_kernel` does this
+  before, and x is read from the caches a chunk ahead.
+- Under programmatic dependent launch the ring is filled before the program waits for the kernel ahead of it.
 
 Gluon is Triton with explicit layouts. Letters: T tokens, n rows of the output, K width of the input, R tiles of 16
-rows in a block.
+rows and U units a warp in a stage.
 Sources: conversion in the mantissa, arXiv 2211.10017; operand order in memory, arXiv 2408.11743 (Marlin); PTX ISA,
 mma.m16n8k16, cp.async, griddepcontrol.
 """
@@ -27,67 +28,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-UNIT = gl.constexpr(128)
-"""Columns of a tile that a warp takes at a time; 256 words, two of 16 bytes a lane, for each plane of four bits."""
-
-MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}};"
-MMA_BF16, MMA_FP16 = gl.constexpr(MMA.format("bf16")), gl.constexpr(MMA.format("f16"))
-
-# word -> its four registers, d = (word rotated & 0x000f000f at the mantissa's place) | 16.0; lop3 0xEA is (a & b) | c.
-WIDEN_BF16 = gl.constexpr("""{ .reg .b32 r;
-    lop3.b32 $0, $4, 0x00780078, 0x41804180, 0xEA;
-    shf.r.wrap.b32 r, $4, $4, 4;  lop3.b32 $1, r, 0x00780078, 0x41804180, 0xEA;
-    shf.r.wrap.b32 r, $4, $4, 8;  lop3.b32 $2, r, 0x00780078, 0x41804180, 0xEA;
-    shf.r.wrap.b32 r, $4, $4, 12; lop3.b32 $3, r, 0x00780078, 0x41804180, 0xEA; }""")
-WIDEN_FP16 = gl.constexpr("""{ .reg .b32 r;
-    shf.l.wrap.b32 r, $4, $4, 3;  lop3.b32 $0, r, 0x03C003C0, 0x4C004C00, 0xEA;
-    shf.r.wrap.b32 r, $4, $4, 1;  lop3.b32 $1, r, 0x03C003C0, 0x4C004C00, 0xEA;
-    shf.r.wrap.b32 r, $4, $4, 5;  lop3.b32 $2, r, 0x03C003C0, 0x4C004C00, 0xEA;
-    shf.r.wrap.b32 r, $4, $4, 9;  lop3.b32 $3, r, 0x03C003C0, 0x4C004C00, 0xEA; }""")
-
-
-@gluon.constexpr_function
-def lanes(warps):
-    """Return the layout of [warps, 32]: one value a lane."""
-    return gl.BlockedLayout([1, 1], [1, 32], [warps, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def along(warps, dim):
-    """Return the layout of one dimension of [warps, 32, 4, 4], 16 words a lane."""
-    layout = gl.BlockedLayout([1, 1, 4, 4], [1, 32, 1, 1], [warps, 1, 1, 1], [3, 2, 1, 0])
-    for other in (3, 2, 1, 0):
-        if other != dim:
-            layout = gl.SliceLayout(other, layout)
-    return layout
-
-
-@gluon.jit
-def widen(word, BF16: gl.constexpr):
-    """Return the four pairs of 16 + q that a word of eight 4-bit weights stands for."""
-    return gl.inline_asm_elementwise(
-        WIDEN_BF16 if BF16 else WIDEN_FP16, "=r,=r,=r,=r,r", [word],
-        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def fma(a, b, c, BF16: gl.constexpr):
-    """Return a b + c of pairs of 16-bit floats, rounded once."""
-    return gl.inline_asm_elementwise(
-        "fma.rn.bf16x2 $0, $1, $2, $3;" if BF16 else "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c],
-        dtype=gl.uint32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def mma(a, b0, b1, c, BF16: gl.constexpr):
-    """Return c + a b for operands in registers, [16, 16] x [16, 8] a warp."""
-    return gl.inline_asm_elementwise(
-        MMA_BF16 if BF16 else MMA_FP16, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-        [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
-        dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
+from fastgen.kernels.fragments import (
+    fma,
+    halves,
+    lanes,
+    load_chunk,
+    load_pairs,
+    load_words,
+    mma,
+    one_token,
+    unstack,
+    widen,
+)
 
 
 @gluon.jit
@@ -99,105 +51,6 @@ def griddepcontrol(WHAT: gl.constexpr):
 
 
 @gluon.jit
-def eight(v, WARPS: gl.constexpr):
-    """Return the eight [WARPS, 32] of v [WARPS, 32, 2, 2, 2], in order; they are registers of the lane already."""
-    L: gl.constexpr = lanes(WARPS)
-    even, odd = gl.split(v)
-    v0, v2 = gl.split(even)
-    v1, v3 = gl.split(odd)
-    a0, a4 = gl.split(v0)
-    a1, a5 = gl.split(v1)
-    a2, a6 = gl.split(v2)
-    a3, a7 = gl.split(v3)
-    return (
-        gl.convert_layout(a0, L, assert_trivial=True), gl.convert_layout(a1, L, assert_trivial=True),
-        gl.convert_layout(a2, L, assert_trivial=True), gl.convert_layout(a3, L, assert_trivial=True),
-        gl.convert_layout(a4, L, assert_trivial=True), gl.convert_layout(a5, L, assert_trivial=True),
-        gl.convert_layout(a6, L, assert_trivial=True), gl.convert_layout(a7, L, assert_trivial=True),
-    )  # fmt: skip
-
-
-@gluon.jit
-def load_words(buffer, PLANE: gl.constexpr, PLANES: gl.constexpr, WARPS: gl.constexpr):
-    """Return the eight words a lane has of a plane of its unit, from buffer [WARPS * PLANES * 256]."""
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    L: gl.constexpr = gl.BlockedLayout([1, 2, 4], [1, 1, 32], [WARPS, 1, 1], [2, 1, 0])
-    planes = buffer._reinterpret(gl.uint32, [WARPS, 2 * PLANES, 128], FLAT)
-    words = planes.slice(2 * PLANE, 2, dim=1).load(L)
-    return eight(gl.permute(gl.reshape(words, [WARPS, 2, 32, 2, 2]), (0, 2, 1, 3, 4)), WARPS)
-
-
-@gluon.jit
-def load_pairs(buffer, SUB: gl.constexpr, WARPS: gl.constexpr):
-    """Return [WARPS, 32, SUB] of buffer [WARPS, SUB, 8]: what belongs to rows lane / 4 and lane / 4 + 8 of a tile."""
-    L: gl.constexpr = gl.BlockedLayout([1, SUB, 1, 1], [1, 1, 8, 4], [WARPS, 1, 1, 1], [3, 2, 1, 0])
-    pairs = gl.expand_dims(buffer.load(gl.SliceLayout(3, L)), 3).broadcast_to([WARPS, SUB, 8, 4])
-    return gl.permute(gl.reshape(pairs, [WARPS, SUB, 32]), (0, 2, 1))
-
-
-@gluon.jit
-def sixteen(v, WARPS: gl.constexpr):
-    """Return the sixteen [WARPS, 32] of v [WARPS, 32, 16], in order."""
-    even, odd = gl.split(gl.reshape(v, [WARPS, 32, 2, 2, 2, 2]))
-    e, o = eight(even, WARPS), eight(odd, WARPS)
-    return (e[0], o[0], e[1], o[1], e[2], o[2], e[3], o[3], e[4], o[4], e[5], o[5], e[6], o[6], e[7], o[7])
-
-
-@gluon.jit
-def one_token(chunk, WARPS: gl.constexpr):
-    """Return a lane's operands of eight products, 16 words, from a chunk [64 WARPS] of the one token's x.
-
-    Of each 32 columns lane 4g + t has the eight from 8t, the same for every g.
-    """
-    L: gl.constexpr = gl.BlockedLayout([1, 4, 1, 1, 4], [1, 1, 8, 4, 1], [WARPS, 1, 1, 1, 1], [4, 3, 2, 1, 0])
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    v = chunk._reinterpret(gl.uint32, [WARPS, 4, 4, 4], FLAT).load(gl.SliceLayout(2, L))
-    v = gl.expand_dims(v, 2).broadcast_to([WARPS, 4, 8, 4, 4])
-    return sixteen(gl.reshape(gl.permute(v, (0, 2, 3, 1, 4)), [WARPS, 32, 16]), WARPS)
-
-
-@gluon.jit
-def load_tokens(x, first, tokens, chunk, UNITS: gl.constexpr, MASKED: gl.constexpr, WARPS: gl.constexpr):
-    """Return a lane's operands of eight products, 16 words, for eight tokens of x from `first` on.
-
-    Lane 4g + t has token g, and of each 32 columns the eight from 8t, so that 16 bytes are two operands.
-    """
-    warp = gl.arange(0, WARPS, along(WARPS, 0))[:, None, None, None]
-    lane = gl.arange(0, 32, along(WARPS, 1))[None, :, None, None]
-    part = gl.arange(0, 4, along(WARPS, 2))[None, None, :, None]
-    word = gl.arange(0, 4, along(WARPS, 3))[None, None, None, :]
-    unit = chunk * WARPS + warp
-    at = gl.minimum(lane // 4 + first, tokens - 1) * (UNITS * 64) + unit * 64 + part * 16 + lane % 4 * 4 + word
-    words = x.to(gl.pointer_type(gl.uint32), bitcast=True)
-    if MASKED:
-        v = gl.load(words + at, mask=(unit < UNITS) & (at >= 0), other=0)
-    else:
-        v = gl.load(words + at)
-    return sixteen(gl.reshape(v, [WARPS, 32, 16]), WARPS)
-
-
-@gluon.jit
-def load_chunk(
-    x, tokens, chunk, UNITS: gl.constexpr, SETS: gl.constexpr, U: gl.constexpr, WARPS: gl.constexpr
-):  # fmt: skip
-    """Return `load_tokens` of a chunk: U units of SETS of eight tokens."""
-    result = ()
-    for u in gl.static_range(U):
-        for b in gl.static_range(SETS):
-            result += (load_tokens(x, 8 * b, tokens, chunk * U + u, UNITS, UNITS % (U * WARPS) != 0, WARPS),)
-    return result
-
-
-@gluon.jit
-def halves(words, BF16: gl.constexpr):
-    """Return pairs of 16-bit floats as two fp32."""
-    if BF16:
-        return (words << 16).to(gl.float32, bitcast=True), (words & 0xFFFF0000).to(gl.float32, bitcast=True)
-    low, high = (words & 0xFFFF).to(gl.uint16), (words >> 16).to(gl.uint16)
-    return low.to(gl.float16, bitcast=True).to(gl.float32), high.to(gl.float16, bitcast=True).to(gl.float32)
-
-
-@gluon.jit
 def load_row(x, UNITS: gl.constexpr, CHUNKS: gl.constexpr, WARPS: gl.constexpr):
     """Return x [128 UNITS] as words, CHUNKS of [64 WARPS], zeros behind it."""
     LONG: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])
@@ -206,7 +59,7 @@ def load_row(x, UNITS: gl.constexpr, CHUNKS: gl.constexpr, WARPS: gl.constexpr):
     row = ()
     for i in gl.static_range(CHUNKS):
         at = i * (WARPS * 64)
-        if UNITS >= (i + 1) * WARPS:
+        if (i + 1) * WARPS <= UNITS:
             row += (gl.load(words + at + k),)
         else:
             row += (gl.load(words + at + k, mask=k < UNITS * 64 - at, other=0),)
@@ -264,20 +117,6 @@ def prepare_kernel(
 
 
 @gluon.jit
-def group_sums(xs, zero, GROUPS: gl.constexpr, BF16: gl.constexpr):
-    """Return the sums of a warp's unit of x by group, each for the two tokens whose results a lane has."""
-    ONE: gl.constexpr = 0x3F803F80 if BF16 else 0x3C003C00
-    one = xs[0] * 0 + ONE
-    result = ()
-    for g in gl.static_range(GROUPS):
-        c = (zero, zero, zero, zero)
-        for s in gl.static_range(g * 8 // GROUPS, (g + 1) * 8 // GROUPS):
-            c = mma((one, one, one, one), xs[2 * s], xs[2 * s + 1], c, BF16)
-        result += ((c[0], c[1]),)
-    return result
-
-
-@gluon.jit
 def copy_stage(
     weight, rings, slot, tile, chunk, tiles, UNITS: gl.constexpr, PLANES: gl.constexpr, SUB: gl.constexpr,
     R: gl.constexpr, U: gl.constexpr, WARPS: gl.constexpr,
@@ -297,7 +136,11 @@ def copy_stage(
                 left = UNITS - chunk * (U * WARPS) - u * WARPS
                 mask, mask_pair, mask_four = None, None, None
                 if UNITS % (U * WARPS):
-                    mask, mask_pair, mask_four = at < left * (PLANES * 256), pair < left * (SUB * 8), four < left * (SUB * 4)
+                    mask, mask_pair, mask_four = (
+                        at < left * (PLANES * 256),
+                        pair < left * (SUB * 8),
+                        four < left * (SUB * 4),
+                    )
                 source = words + base * (PLANES * 256) + u * (WARPS * PLANES * 256)
                 async_copy.async_copy_global_to_shared(rings[0].index(index), source + at, mask)
                 if SUB > 0:
@@ -307,28 +150,6 @@ def copy_stage(
                         source = zeros + base * (SUB * 4) + u * (WARPS * SUB * 4)
                         async_copy.async_copy_global_to_shared(rings[2].index(index), source + four, mask_four)
     async_copy.commit_group()
-
-
-@gluon.jit
-def unstack(v, SUB: gl.constexpr, WARPS: gl.constexpr):
-    """Return the SUB [WARPS, 32] of v [WARPS, 32, SUB] as 32-bit integers, the last one again up to four."""
-    L: gl.constexpr = lanes(WARPS)
-    v = v.to(gl.uint32)
-    if SUB == 1:
-        only = gl.convert_layout(gl.reshape(v, [WARPS, 32]), L, assert_trivial=True)
-        return only, only, only, only
-    elif SUB == 2:
-        first, second = gl.split(v)
-        second = gl.convert_layout(second, L, assert_trivial=True)
-        return gl.convert_layout(first, L, assert_trivial=True), second, second, second
-    else:
-        even, odd = gl.split(gl.reshape(v, [WARPS, 32, 2, 2]))
-        v0, v2 = gl.split(even)
-        v1, v3 = gl.split(odd)
-        return (
-            gl.convert_layout(v0, L, assert_trivial=True), gl.convert_layout(v1, L, assert_trivial=True),
-            gl.convert_layout(v2, L, assert_trivial=True), gl.convert_layout(v3, L, assert_trivial=True),
-        )  # fmt: skip
 
 
 @gluon.jit
@@ -357,49 +178,53 @@ def zero_of(pair, HIGH: gl.constexpr):
 
 
 @gluon.jit
-def add_unit(total, stage, xs, ones, zero, SUB: gl.constexpr, ZEROS: gl.constexpr, BF16: gl.constexpr):
+def add_unit(total, stage, xs, zero, SUB: gl.constexpr, ZEROS: gl.constexpr, BF16: gl.constexpr):
     """Return the four sums of a lane plus a unit of a tile times eight tokens, scaled where groups have scales."""
+    ONE: gl.constexpr = 0x3F803F80 if BF16 else 0x3C003C00
     high, low, pairs, zeros = stage
+    one = xs[0] * 0 + ONE
+    nothing = (zero, zero, zero, zero)
     if SUB == 0:
-        c, d = (zero, zero, zero, zero), (zero, zero, zero, zero)
+        b, c, d = nothing, nothing, nothing
         for s in gl.static_range(8):
+            b = mma((one, one, one, one), xs[2 * s], xs[2 * s + 1], b, BF16)
             c = mma(widen(high[s], BF16), xs[2 * s], xs[2 * s + 1], c, BF16)
             d = mma(widen(low[s], BF16), xs[2 * s], xs[2 * s + 1], d, BF16)
-        even, odd = 400.0 * ones[0][0], 400.0 * ones[0][1]
         return (
-            total[0] + (16.0 * c[0] + d[0] - even), total[1] + (16.0 * c[1] + d[1] - odd),
-            total[2] + (16.0 * c[2] + d[2] - even), total[3] + (16.0 * c[3] + d[3] - odd),
+            total[0] + (16.0 * c[0] + d[0] - 400.0 * b[0]), total[1] + (16.0 * c[1] + d[1] - 400.0 * b[1]),
+            total[2] + (16.0 * c[2] + d[2] - 400.0 * b[0]), total[3] + (16.0 * c[3] + d[3] - 400.0 * b[1]),
         )  # fmt: skip
     else:
         STEPS: gl.constexpr = 8 // SUB
         for g in gl.static_range(SUB):
-            c = (zero, zero, zero, zero)
+            b, c = nothing, nothing
             for s in gl.static_range(g * STEPS, (g + 1) * STEPS):
+                b = mma((one, one, one, one), xs[2 * s], xs[2 * s + 1], b, BF16)
                 c = mma(widen(high[s], BF16), xs[2 * s], xs[2 * s + 1], c, BF16)
             first, second = halves(pairs[g], BF16)
             if ZEROS:
                 z_first, z_second = zero_of(zeros[g], False), zero_of(zeros[g], True)
             else:
                 z_first, z_second = 24.0, 24.0
-            even, odd = ones[g]
             total = (
-                total[0] + first * (c[0] - z_first * even), total[1] + first * (c[1] - z_first * odd),
-                total[2] + second * (c[2] - z_second * even), total[3] + second * (c[3] - z_second * odd),
+                total[0] + first * (c[0] - z_first * b[0]), total[1] + first * (c[1] - z_first * b[1]),
+                total[2] + second * (c[2] - z_second * b[0]), total[3] + second * (c[3] - z_second * b[1]),
             )  # fmt: skip
         return total
 
 
 @gluon.jit
-def stream_product(
-    x, norm, factors, weight, tokens, n, tiles, eps, finish: gl.constexpr, extra, WIDTH: gl.constexpr,
-    PLANES: gl.constexpr, SUB: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr, U: gl.constexpr,
+def stream_product(  # noqa: PLR0912, PLR0915
+    x, norm, factors, weight, tokens, n, tiles, eps, prefetch: gl.constexpr, finish: gl.constexpr, extra,
+    WIDTH: gl.constexpr, PLANES: gl.constexpr, SUB: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr, U: gl.constexpr,
     STAGES: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Call finish(y, tile, row, token, here, n, extra) with every tile of y = weight @ rms_norm(x).
+    """Call finish(y, early, tile, row, token, here, n, extra) with every tile of y = weight @ rms_norm(x).
 
     SETS is 0 for one token: x [128 UNITS], norm [128 UNITS] or None. It is 1 for up to 8 and 2 for up to 16: x
-    [tokens, 128 UNITS], where it is to be normalized with factors [tokens] by `prepare_kernel`. weight = (words, scales, zeros), see `packed`.
-    y [64, 2] fp32: y[p, h] belongs to token[p] and row[p, h].
+    [tokens, 128 UNITS], where it is to be normalized with factors [tokens] by `prepare_kernel`. weight = (words,
+    scales, zeros), see `packed`. y [64, 2] fp32: y[p, h] belongs to token[p] and row[p, h]. `early` is what
+    prefetch(row, token, here, n, extra) has loaded before the sums were made.
     """
     UNITS: gl.constexpr = (WIDTH + 127) // 128
     CHUNKS: gl.constexpr = (UNITS + U * WARPS - 1) // (U * WARPS)
@@ -408,7 +233,6 @@ def stream_product(
     BF16: gl.constexpr = x.dtype.element_ty == gl.bfloat16
     ZEROS: gl.constexpr = weight[2] is not None
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    SQUARE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     CUBE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     ADD: gl.constexpr = gl.BlockedLayout([WARPS, 1, 2], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
     PAIR: gl.constexpr = gl.SliceLayout(0, ADD)
@@ -438,25 +262,24 @@ def stream_product(
     ahead = ()
     if SETS == 0:
         only = gl.allocate_shared_memory(gl.uint32, [CHUNKS * U, WARPS * 64], FLAT)
-        only_sums = gl.allocate_shared_memory(gl.float32, [CHUNKS * U * GROUPS, WARPS, 32], SQUARE)
         row_words = load_row(x, UNITS, CHUNKS * U, WARPS)
         if norm is not None:
             row_words, factor = scaled_row(row_words, gains, eps, WIDTH, BF16)
         for i in gl.static_range(CHUNKS * U):
             only.index(i).store(row_words[i])
-        for i in gl.static_range(CHUNKS * U):
-            found = group_sums(one_token(only.index(i), WARPS), zero, GROUPS, BF16)
-            for g in gl.static_range(GROUPS):
-                only_sums.index(i * GROUPS + g).store(found[g][0])
     else:
         ahead = load_chunk(x, tokens, 0, UNITS, SETS, U, WARPS)
     slot = 0
     for tile in range(first, tiles, step):
-        totals = ((zero, zero, zero, zero),) * (R * COLUMNS)
-        scales = ()
-        if SUB == 0:
-            for r in gl.static_range(R):
+        early, scales = (), ()
+        for r in gl.static_range(R):
+            row = ((tile + r) * 8 + pair // 8)[:, None] + half * (tiles * 8)
+            if SUB == 0:
                 scales += (gl.load(weight[1] + gl.minimum(tile + r, tiles - 1) * 8 + pair // 8),)
+            for b in gl.static_range(COLUMNS):
+                token = (pair % 8 + 8 * b)[:, None]
+                early += (prefetch(row, token, (row < n) & (token < tokens) & (tile + r < tiles), n, extra),)
+        totals = ((zero, zero, zero, zero),) * (R * COLUMNS)
         for chunk in range(CHUNKS):
             async_copy.wait_group(STAGES - 2)
             stages = ()
@@ -467,26 +290,13 @@ def stream_product(
             if SETS > 0:
                 ahead = load_chunk(x, tokens, gl.where(chunk == CHUNKS - 1, 0, chunk + 1), UNITS, SETS, U, WARPS)
             for u in gl.static_range(U):
-                ones = ()
                 if SETS == 0:
                     xs += (one_token(only.index(chunk * U + u), WARPS),)
-                    sums = ()
-                    for g in gl.static_range(GROUPS):
-                        one_sum = only_sums.index((chunk * U + u) * GROUPS + g).load(lanes(WARPS))
-                        sums += ((one_sum, one_sum),)
-                    ones = (sums,)
-                else:
-                    for b in gl.static_range(SETS):
-                        ones += (group_sums(xs[u * SETS + b], zero, GROUPS, BF16),)
                 new = ()
                 for r in gl.static_range(R):
                     for b in gl.static_range(COLUMNS):
-                        new += (
-                            add_unit(
-                                totals[r * COLUMNS + b], stages[r * U + u], xs[u * COLUMNS + b], ones[b], zero, SUB,
-                                ZEROS, BF16,
-                            ),
-                        )  # fmt: skip
+                        total, these = totals[r * COLUMNS + b], xs[u * COLUMNS + b]
+                        new += (add_unit(total, stages[r * U + u], these, zero, SUB, ZEROS, BF16),)
                 totals = new
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
             next_slot = gl.where(next_slot == STAGES - 1, 0, next_slot + 1)
@@ -499,7 +309,7 @@ def stream_product(
         for r in gl.static_range(R):
             row = ((tile + r) * 8 + pair // 8)[:, None] + half * (tiles * 8)
             for b in gl.static_range(COLUMNS):
-                token = pair // 2 % 4 * 2 + pair % 2 + 8 * b
+                token = pair % 8 + 8 * b
                 y = gl.sum(exchange.index(r * COLUMNS + b).load(ADD), axis=0)
                 if SUB == 0:
                     low, high = halves(scales[r], BF16)
@@ -509,4 +319,5 @@ def stream_product(
                 elif factors is not None:
                     y *= gl.load(factors + token, mask=token < tokens, other=0.0)[:, None]
                 column = token[:, None]
-                finish(y, tile + r, row, column, (row < n) & (column < tokens) & (tile + r < tiles), n, extra)
+                here = (row < n) & (column < tokens) & (tile + r < tiles)
+                finish(y, early[r * COLUMNS + b], tile + r, row, column, here, n, extra)

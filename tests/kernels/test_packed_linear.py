@@ -89,12 +89,11 @@ def test_error_is_at_most_twice_torchs(out: int, width: int, bias: bool, form: s
 @pytest.mark.parametrize(("out", "width"), [(111, 72), (333, 1000), (48, 40)])
 def test_odd_sizes(out: int, width: int) -> None:
     for tokens in (1, 3, 9):
-        x, norm, residual = inputs(out, width, tokens, torch.bfloat16)
+        x, _, residual = inputs(out, width, tokens, torch.bfloat16)
         packed = linear(out, width, "int8", torch.bfloat16)
         wanted = reference.linear_add(x.double(), in_fp64(packed), residual.double())
         actual = support.poisoned(fused.linear_add, x, packed, residual)
         support.assert_as_good_as(actual, reference.linear_add(x, packed, residual), wanted, f"{tokens} tokens")
-        assert torch.equal(fused.norm_swiglu(x, norm, packed), reference.norm_swiglu(x, norm, packed)) or out % 16
 
 
 @on_gpu
@@ -170,9 +169,9 @@ def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any]) -> di
 
 @compiled_ahead
 @pytest.mark.parametrize(("capability", "pdl"), support.TARGETS)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("sets", [0, 2])
-@pytest.mark.parametrize("name", ["linear", "swiglu", "best"])
+@pytest.mark.parametrize(
+    ("name", "sets", "bits"), [("linear", 0, 4), ("swiglu", 2, 4), ("best", 0, 8), ("linear", 2, 8)]
+)
 def test_weights_go_from_memory_to_the_tensor_cores_in_registers(
     name: str, sets: int, bits: int, capability: int, pdl: bool
 ) -> None:
@@ -186,9 +185,9 @@ def test_weights_go_from_memory_to_the_tensor_cores_in_registers(
     code = compile_ahead(getattr(packed_linear, f"packed_{name}_kernel"), capability, constants)
     ptx = code["ptx"]
     assert code["cubin"], "ptxas gives a binary"
-    assert ptx.count("mma.sync.aligned.m16n8k16") >= 8 and ".x4.shared" not in ptx
-    loop = ptx[ptx.index("mma.sync") :]
-    assert "ld.shared.v4" in ptx and "cp.async.cg.shared.global" in loop, "16 bytes at a time, copied ahead in the loop"
+    words = "cp.async.cg.shared.global"
+    assert ptx.count("mma.sync.aligned.m16n8k16") >= 8 and "ld.shared.v4" in ptx and ".x4.shared" not in ptx
+    assert words in ptx[ptx.index("mma.sync") :], "copies run ahead in the loop"
     if pdl:
         wait = ptx.index("griddepcontrol.wait")
-        assert ptx.index("cp.async.cg.shared.global") < wait < ptx.index("mma.sync"), "weights are copied before it"
+        assert ptx.index(words) < wait < ptx.index("mma.sync"), "weights are copied before the wait"
