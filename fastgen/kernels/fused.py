@@ -1,9 +1,9 @@
 """The stages of `reference` as kernels, one launch each, for decoding on CUDA.
 
 Hand this module to a model in place of the reference: Transformer(config, stages=fused). The kernels take up to 16
-tokens (texts x new tokens) in bf16 or fp16 whose linears are plain; anything else goes to the reference, so the same
-model prefills, runs on a CPU, or holds quantized weights. Positions of several new tokens must be consecutive, and
-launches on two streams of one GPU must not overlap.
+tokens (texts x new tokens) in bf16 or fp16 whose linears are plain or `PackedLinear` (int4, int8); anything else goes
+to the reference, so the same model prefills or runs on a CPU. Positions of several new tokens must be consecutive,
+and launches on two streams of one GPU must not overlap.
 
     prepare(device)      # before anything is compiled or captured
 """
@@ -30,7 +30,7 @@ def covers(model: nn.Module, tokens: int) -> bool:
     """Whether every stage of a model runs as a kernel for `tokens` tokens."""
     linears = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in LINEARS]
     kernels = all(
-        isinstance(linear, PackedLinear) or isinstance(linear, nn.Linear) and _narrow(linear.weight)
+        isinstance(linear, PackedLinear) or (isinstance(linear, nn.Linear) and _narrow(linear.weight))
         for linear in linears
     )
     return kernels and tokens <= launch.MAX_TOKENS
