@@ -139,7 +139,7 @@ def use_kernels(model: LoadedModel, name: str, *, compile: bool) -> None:
     device, dtype = model.placement.device, model.placement.dtype
     made_for = device.type == "cuda" and dtype != torch.float32
     if name == "auto":
-        name = "fused" if compile and made_for and not model.plan else "reference"
+        name = "fused" if compile and made_for and not model.formats and not model.plan else "reference"
     if name == "reference":
         model.transformer.stages = _over_ranks(model, reference)
         return

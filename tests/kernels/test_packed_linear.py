@@ -63,7 +63,7 @@ def inputs(out: int, width: int, tokens: int, dtype: torch.dtype) -> tuple[Tenso
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(("out", "width", "bias"), [(112, 256, True), (4096, 1536, False)])
 def test_error_is_at_most_twice_torchs(out: int, width: int, bias: bool, form: str, dtype: torch.dtype) -> None:
@@ -98,7 +98,7 @@ def test_odd_sizes(out: int, width: int) -> None:
 
 @on_gpu
 @pytest.mark.parametrize("form", ["int8", "g32", "g128 zeros"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(("out", "width"), [(112, 64), (4096, 4096), (512, 11008), (128, 28672)])
 def test_a_token_has_the_same_bits_among_others(out: int, width: int, dtype: torch.dtype, form: str) -> None:
     x, norm, residual = inputs(out, width, 16, dtype)
