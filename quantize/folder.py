@@ -3,7 +3,6 @@
 A shard holds the embedding, one layer, or what follows the last, so that no more than that is ever in memory.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastgen.checkpoint.compressed_tensors import quantization_config, stored_sh
 from fastgen.checkpoint.hf_save import hf_config, write_json
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
 from fastgen.checkpoint.names import HF, linear_parts, part_rows
+from fastgen.checkpoint.safetensors_writer import Entry, write_safetensors
 from fastgen.config import ModelConfig
 from fastgen.errors import ModelFileError
 from fastgen.model import tensor_bytes
@@ -23,14 +23,6 @@ from quantize.format import WeightFormat
 from quantize.linear import BLOCK, dequantize_weight, quantize_weight, scale_dtype
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,32 +91,13 @@ def write_folder(folder: Path, job: Job, progress: Callable[[int, int], None]) -
         tensors: dict[str, Tensor] = {}
         for name, source in names.items():
             tensors |= dict(_stored(name, source, job, reports))
-        _write_shard(folder / file, tensors)
+        write_safetensors(folder / file, [Entry.of(name, tensor) for name, tensor in tensors.items()])
         index |= dict.fromkeys(tensors, file)
         total += sum(map(tensor_bytes, tensors.values()))
     progress(len(shards), len(shards))
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     _write_config(folder, job)
     return reports
-
-
-def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file (https://github.com/safetensors/safetensors#format).
-
-    The library makes a copy of all tensors first, which would be the most memory that is ever needed.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, tensor in tensors.items():
-        end = position + tensor_bytes(tensor)
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
-        position = end
-    data = json.dumps(header).encode()
-    data += b" " * (-len(data) % 8)
-    with path.open("wb") as file:
-        file.write(len(data).to_bytes(8, "little") + data)
-        for tensor in tensors.values():
-            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _write_config(folder: Path, job: Job) -> None:

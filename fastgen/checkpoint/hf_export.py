@@ -4,9 +4,7 @@ Plain tensors are written in one dtype. Linears that are quantized keep their in
 come from, in compressed-tensors' `pack-quantized` form.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,29 +14,13 @@ from fastgen.checkpoint.compressed_tensors import quantization_config, stored_sh
 from fastgen.checkpoint.hf_save import hf_config, write_json
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
 from fastgen.checkpoint.names import HF, linear_parts, part_rows
-from fastgen.checkpoint.safetensors_file import DTYPES
+from fastgen.checkpoint.safetensors_writer import Entry, write_safetensors
 from fastgen.errors import ModelFileError
 from quantize import int4, int8
 from quantize.format import INT8
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # as transformers cuts its own
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor that is going to be written: what it is, and how to get it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def export_entries(checkpoint: Checkpoint, dtype: torch.dtype) -> list[Entry]:
@@ -69,36 +51,18 @@ def write_export(
     _write_config(folder, checkpoint, dtype)
     shards, total, done = _shards(entries), sum(entry.nbytes for entry in entries), 0
     index: dict[str, str] = {}
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
     for number, shard in enumerate(shards):
         name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        for written in write_safetensors(folder / name, shard):
-            done += written
-            progress(done, total)
+        write_safetensors(folder / name, shard, advance)
         index |= {entry.name: name for entry in shard}
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-
-
-def write_safetensors(path: Path, entries: Sequence[Entry]) -> Iterator[int]:
-    """Write a safetensors file (https://github.com/safetensors/safetensors#format), yielding the bytes of each tensor
-    as it is there. The library takes all tensors at once."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for entry in entries:
-        end = position + entry.nbytes
-        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [position, end]}
-        position = end
-    data = json.dumps(header).encode()
-    data += b" " * (-len(data) % 8)
-    with path.open("wb") as file:
-        file.write(len(data).to_bytes(8, "little") + data)
-        for entry in entries:
-            tensor = entry.read()
-            assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), (
-                f"{entry.name} is not as announced"
-            )
-            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-            yield entry.nbytes
 
 
 def _parts(module: str, rows: int, checkpoint: Checkpoint) -> Iterator[tuple[str, slice]]:
