@@ -320,17 +320,19 @@ def _version() -> str:
     return ", ".join(found)
 
 
-def run(command: Callable[[], int], *, prog: str) -> NoReturn:
+def run(command: Callable[[], int], *, prog: str, every_rank_speaks: bool = False) -> NoReturn:
     """End the process with the command's status; a user's error is its message alone, unless `--debug` is given.
 
     Ctrl-C ends it at once, except where the command is `interruptible`: outside of that there is nothing to save, and
     libraries swallow a KeyboardInterrupt that reaches them while they are imported.
+
+    Of several processes under torchrun only rank 0 prints, unless `every_rank_speaks`.
     """
     signal.signal(signal.SIGINT, _leave)
     _mend_streams()
     try:
         with process_watch():
-            sys.exit(_run(command, prog))
+            sys.exit(_run(command, prog, silence=not every_rank_speaks and "--debug" not in sys.argv))
     except SystemExit as stop:
         if stop.code != INTERRUPTED:
             raise
@@ -340,9 +342,9 @@ def run(command: Callable[[], int], *, prog: str) -> NoReturn:
         os._exit(INTERRUPTED)  # leaving torch the usual way takes a second, and more on a busy machine
 
 
-def _run(command: Callable[[], int], prog: str) -> int:
+def _run(command: Callable[[], int], prog: str, *, silence: bool) -> int:
     try:
-        process_watch().begin(silence="--debug" not in sys.argv)
+        process_watch().begin(silence=silence)
         status = command()
         sys.stdout.flush()
     except FastgenError as error:

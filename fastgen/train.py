@@ -223,4 +223,4 @@ def _next_stop(config: TrainConfig, step: int) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, prog=PROG)
+    cli.run(main, prog=PROG, every_rank_speaks=True)  # it sees to it that one does
