@@ -34,8 +34,13 @@ def test_compiled_rounds_give_plain_tokens_and_nothing_recompiles() -> None:
 
 
 def test_auto_compiles_all_that_it_may_choose_beforehand() -> None:
+    check(SpeculativeEngine(random_model(max_seq_len=400), Speculation(draft="self:1"), compile=True), GREEDY)
+
+
+@pytest.mark.long
+def test_auto_compiles_all_that_sampling_needs_beforehand() -> None:
     target = random_model(max_seq_len=400)
-    engine = SpeculativeEngine(target, Speculation(draft="self:1"), compile=True)
+    engine = SpeculativeEngine(target, Speculation(draft=random_model(max_seq_len=400)), compile=True)
     check(engine, SAMPLED)
     other = SamplingOptions(temperature=0.5, repetition_penalty=1.3, seed=9)
     engine.generate([PROMPTS[1]], GenerationOptions(max_new_tokens=60, logprobs=True, sampling=other))
