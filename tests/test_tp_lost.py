@@ -84,6 +84,14 @@ def test_a_rank_that_stalls_ends_all(tmp_path: Path) -> None:
     check_stall(tmp_path, 2, 1)
 
 
+def test_a_rank_that_fails_to_load_ends_all_and_says_why(tmp_path: Path) -> None:
+    with torchrun(tmp_path, 2, *ENDLESS, module="tests.failing_rank") as run:
+        run.wait_for("fastgen: ")
+        run.remember()
+        run.gone_within(SECONDS, agents=False)
+        one_message(run, "rank 1 of 2 failed in load: /not/there: ")
+
+
 def test_an_agent_that_is_killed_leaves_no_rank(tmp_path: Path) -> None:
     check_agent(tmp_path, 2, None)
 

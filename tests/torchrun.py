@@ -59,9 +59,14 @@ class Run:
 
 @contextlib.contextmanager
 def torchrun(
-    folder: Path, world: int, *flags: str, prefixes: Sequence[Sequence[str]] = ((),), address: str = "127.0.0.1"
+    folder: Path,
+    world: int,
+    *flags: str,
+    prefixes: Sequence[Sequence[str]] = ((),),
+    address: str = "127.0.0.1",
+    module: str = "fastgen.generate",
 ) -> Iterator[Run]:
-    """Start `fastgen.generate` on `world` ranks for each of `prefixes`, commands in front of the agents' own.
+    """Start `module` on `world` ranks for each of `prefixes`, commands in front of the agents' own.
 
     stdout and stderr go to one file. Whatever is left at the end is killed.
     """
@@ -73,7 +78,7 @@ def torchrun(
     with errors.open("w") as file:
         for node, prefix in enumerate(prefixes):
             command = [*prefix, sys.executable, "-m", "torch.distributed.run", *common, "--node-rank", str(node)]
-            command += ["-m", "fastgen.generate", *flags]
+            command += ["-m", module, *flags]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
             agents.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True))
     run = Run(agents, errors)

@@ -236,8 +236,8 @@ class Watch:
             data = b""
         if not data:
             self._selector.unregister(peer.connection)
-            if rank in self._failures and self.place.rank in self._failures and not self._all_failed.is_set():
-                os._exit(self._failures[self.place.rank][0])
+            if self.place.rank in self._failures and not self._all_failed.is_set():
+                os._exit(self._failures[self.place.rank][0])  # that one has told of our failure
             if not peer.gone:
                 self._lose(rank, f"died in {peer.phase}")
             return
