@@ -141,7 +141,7 @@ def test_a_profile_is_a_trace_of_the_generation(folder: Path, tmp_path: Path) ->
         (["--tempature", "1"], "unrecognized.*did you mean --temperature"),
         (["--quant", "int3"], "--quant.*int3.*int8"),
         (["--max-new-tokens", "x"], "--max-new-tokens.*'x'"),
-        (["--speculate", "3"], "--speculate: only with a --draft"),
+        (["--kv-cache", "int8"], "--kv-cache: not built yet"),
     ],
 )
 def test_usage_errors_are_one_line_and_end_with_2(
@@ -161,6 +161,7 @@ def test_usage_errors_are_one_line_and_end_with_2(
         (["--device", "cuda"], UsageError, "--device cuda: .*--device cpu"),
         (["--device", "tpu"], UsageError, "--device tpu"),
         (["--temperature", "-1"], UsageError, "--temperature -1"),
+        (["--speculate", "3"], UsageError, "--speculate: only with a --draft"),
         (["--top-p", "1.5"], UsageError, "--top-p 1.5"),
         (["--num-samples", "0"], UsageError, "--num-samples 0"),
         (["--max-new-tokens", "0"], UsageError, "--max-new-tokens 0"),
