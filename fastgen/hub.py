@@ -19,17 +19,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
 from fastgen.checkpoint.hf import INDEX, find_weights, read_shards
@@ -95,6 +98,10 @@ def locate(
     if matched is None:
         raise UsageError(f"{name}: no id of a model on the hub; expected OWNER/NAME")
     repo, file = matched["repo"], matched["file"]
+    try:
+        validate_repo_id(repo)  # the hub's own rules are narrower
+    except HFValidationError as error:
+        raise UsageError(f"{name}: no id of a model on the hub: {error}") from error
     found = _cached(repo, revision, file, tokenizer=tokenizer)
     if found is not None:
         return found
@@ -199,7 +206,10 @@ def _turn(repo: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _explained(repo: str, revision: str | None) -> Iterator[None]:
     """Turn the library's errors into ours, in a line or two."""
-    endpoint = constants.ENDPOINT
+    parts = urlsplit(constants.ENDPOINT)
+    endpoint = parts._replace(
+        netloc=parts.netloc.rpartition("@")[2]
+    ).geturl()  # a mirror's password is nobody's business
     try:
         yield
     except GatedRepoError as error:

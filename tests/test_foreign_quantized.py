@@ -136,6 +136,12 @@ def test_the_line_about_what_is_dequantized_is_printed(tmp_path: Path, capsys: p
     ]
 
 
+def test_groups_out_of_order_without_their_index_are_refused(tmp_path: Path) -> None:
+    folder = write_gptq(tmp_path / "model", *quantized_model(), desc_act=True, index=False)
+    with pytest.raises(ModelFileError, match=r"g_idx is missing, and desc_act says that the groups are out of order"):
+        load(folder)
+
+
 PARTS = {"wqkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "wo": ("self_attn.o_proj",),
          "w_gate_up": ("mlp.gate_proj", "mlp.up_proj"), "w_down": ("mlp.down_proj",)}  # fmt: skip
 

@@ -152,6 +152,20 @@ def test_errors_of_the_hub_are_a_line_each(server: FakeHub, monkeypatch: pytest.
     assert f"{server.url} answers 503" in said()
 
 
+@pytest.mark.parametrize("name", ["a--b/c", "own/model.git", "o/m-"])
+def test_ids_that_the_hub_refuses_are_a_line(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}: no id of a model on the hub: "):
+        hub.locate(name)
+
+
+def test_a_mirrors_password_is_not_printed(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = server.url.replace("://", "://me:secret@")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    with pytest.raises(NetworkError) as error:
+        hub.locate("nobody/there")
+    assert "secret" not in str(error.value)
+
+
 def test_a_token_opens_a_gated_model(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     server.gated = True
     monkeypatch.setenv("HF_TOKEN", "hf_good")

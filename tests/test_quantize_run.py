@@ -302,6 +302,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pattern that would not end": (
         described(lambda c: c["config_groups"]["group_0"].update(targets=["re:(a+)+$"])), "pattern",
     ),
+    "a pattern that would take hours": (
+        described(lambda c: c["config_groups"]["group_0"].update(targets=["re:" + ".*" * 12 + "!"])), "4 repeats",
+    ),
     "parts of one linear that differ": (
         described(lambda c: c["ignore"].append(Q)), "missing tensors .*q_proj.weight\n",
     ),

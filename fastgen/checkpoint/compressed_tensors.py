@@ -40,8 +40,9 @@ ORDERS = (None, False, "weight", "static", *SCATTERED)
 other, as `weight_g_idx` says."""
 
 LINEAR = "Linear"
-MAX_PATTERN = 200
+MAX_PATTERN, MAX_REPEATS = 200, 4
 REPEATED_GROUP = re.compile(r"\)\s*[*+{?]")  # can take exponential time to match
+REPEAT = re.compile(r"[*+{]")  # so many in a row take time to the power of their number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,13 +239,14 @@ def _targets(value: object, place: str, source: Path) -> list[str]:
     for target in value:
         if target.startswith("re:"):
             try:
-                usable = len(target) <= MAX_PATTERN and not REPEATED_GROUP.search(target) and re.compile(target[3:])
+                tame = len(REPEAT.findall(target)) <= MAX_REPEATS and not REPEATED_GROUP.search(target)
+                usable = len(target) <= MAX_PATTERN and tame and re.compile(target[3:])
             except re.error:
                 usable = False
             if not usable:
                 raise ModelFileError(
                     f"{source}: quantization_config: {place} has {target!r:.100}, a pattern that is damaged, too long, "
-                    "or repeats a group"
+                    f"repeats a group, or has more than {MAX_REPEATS} repeats"
                 )
     return value
 

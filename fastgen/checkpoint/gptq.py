@@ -53,12 +53,17 @@ def gptq_linears(
         raise fields.error("group_size", "a number of weights, or -1 for whole rows")
     if fields.get("dynamic"):
         raise fields.error("dynamic", "nothing: another form for single linears is not supported")
+    out_of_order = "desc_act" in fields and fields.boolean("desc_act")
     stored = {}
     for name, (rows, columns) in shapes.items():
         if f"{name}.qweight" not in tensors:
             continue
         size = columns if group_size == -1 else min(group_size, columns)
         index = tensors.get(f"{name}.g_idx")
+        if index is None and out_of_order and size < columns:
+            raise ModelFileError(
+                f"{source}: {name}.g_idx is missing, and desc_act says that the groups are out of order"
+            )
         group_of = columns_out_of_order(index, columns, size, name) if index is not None else None
         view = partial(
             _view, columns=columns, bits=bits, version=version, symmetric=symmetric, group_size=size, group_of=group_of,
