@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgen.errors import FastgenError, NetworkError, RankLostError, UsageError
+from tp.place import Place
 
 FAILURES = "fastgen/failures"  # the store's count of processes that have failed
 LINGER = 1.0  # seconds; torchrun ends all processes once it sees the first one gone
@@ -22,17 +23,8 @@ LOST = re.compile("by peer|[Tt]imed out|NCCL communicator was aborted|remote pro
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process's place: `rank` of `world`, number `local` on its machine."""
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process is the one that prints and saves."""
-        return self.rank == 0
+class Ranks(Place):
+    """This process's place, and what training does with the others."""
 
     def total(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over all processes."""
