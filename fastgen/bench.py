@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgen import cli
+from fastgen import cli, flags
 from fastgen.errors import INTERRUPTED, UsageError
 from fastgen.staged import require_writable, staged_file
 from tp.watch import process_watch
@@ -25,16 +25,18 @@ PROG = "fastgen.bench"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchConfig(cli.ModelFlags, cli.ShapeFlags, cli.OutputFlags):
+class BenchConfig(flags.ModelFlags, flags.ShapeFlags, flags.OutputFlags):
     """The flags of `fastgen.bench`."""
 
-    modes: str = cli.flag("eager,compile", "what to measure, comma separated (default eager,compile)", metavar="MODES")
-    baseline: str | None = cli.flag(None, "also measure transformers", choices=("transformers",))
-    batch: int = cli.flag(1, "texts at a time", type=int, metavar="N")
-    prompt_tokens: int = cli.flag(5, "length of the prompt (default 5)", type=int, metavar="N")
-    new_tokens: int = cli.flag(200, "tokens to decode (default 200)", type=int, metavar="N")
-    repeats: int = cli.flag(5, "texts to time, after one that warms up (default 5)", type=int, metavar="N")
-    output: str | None = cli.flag(None, "write the records to this file as JSON", metavar="FILE")
+    modes: str = flags.flag(
+        "eager,compile", "what to measure, comma separated (default eager,compile)", metavar="MODES"
+    )
+    baseline: str | None = flags.flag(None, "also measure transformers", choices=("transformers",))
+    batch: int = flags.flag(1, "texts at a time", type=int, metavar="N")
+    prompt_tokens: int = flags.flag(5, "length of the prompt (default 5)", type=int, metavar="N")
+    new_tokens: int = flags.flag(200, "tokens to decode (default 200)", type=int, metavar="N")
+    repeats: int = flags.flag(5, "texts to time, after one that warms up (default 5)", type=int, metavar="N")
+    output: str | None = flags.flag(None, "write the records to this file as JSON", metavar="FILE")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,11 +68,11 @@ def _check(config: BenchConfig) -> None:
         raise UsageError("--batch, --prompt-tokens and --repeats are at least 1, --new-tokens at least 2")
     if config.baseline and config.batch > 1:
         raise UsageError("--baseline transformers: compared at --batch 1 only")
-    cli.refuse(config, ["compile"], "--modes says what is measured, compile among it")
-    cli.refuse(config, ["max_seq_len"], "it follows from --prompt-tokens and --new-tokens")
-    cli.refuse(config, ["fail_on_recompile"], "the records count recompiles")
+    flags.refuse(config, ["compile"], "--modes says what is measured, compile among it")
+    flags.refuse(config, ["max_seq_len"], "it follows from --prompt-tokens and --new-tokens")
+    flags.refuse(config, ["fail_on_recompile"], "the records count recompiles")
     if config.shape:
-        cli.refuse(config, ["model", "tokenizer"], "a --shape has random weights")
+        flags.refuse(config, ["model", "tokenizer"], "a --shape has random weights")
     for name in config.shape:
         shape(name)
     if config.output:

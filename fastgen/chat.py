@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from fastgen import cli
+from fastgen import cli, flags
 from fastgen.errors import INTERRUPTED, CapacityError, UsageError
 from fastgen.staged import staged_file
 from tp.watch import INPUT
@@ -35,7 +35,7 @@ HELP = """\
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatConfig(cli.EngineFlags, cli.SamplingFlags, cli.ChatFlags, cli.OutputFlags):
+class ChatConfig(flags.EngineFlags, flags.SamplingFlags, flags.ChatFlags, flags.OutputFlags):
     """The flags of `fastgen.chat`."""
 
 
@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     config = cli.parse(ChatConfig, argv, prog=PROG, description="Chat with a model.")
     if not config.compile:
-        cli.refuse(config, ["fail_on_recompile"], "only with --compile")
-    options = cli.generation_options(config)
-    cli.drafts(config)
+        flags.refuse(config, ["fail_on_recompile"], "only with --compile")
+    options = flags.generation_options(config)
+    flags.drafts(config)
 
     from fastgen import session
     from fastgen.conversation import Conversation

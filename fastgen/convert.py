@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgen import cli
+from fastgen import cli, flags
 from fastgen.errors import ModelFileError, UsageError
 
 if TYPE_CHECKING:
@@ -22,18 +22,18 @@ PROG = "fastgen.convert"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvertConfig(cli.SourceFlags, cli.PrecisionFlags, cli.FolderFlags, cli.OutputFlags):
+class ConvertConfig(flags.SourceFlags, flags.PrecisionFlags, flags.FolderFlags, flags.OutputFlags):
     """The flags of `fastgen.convert`."""
 
-    to: str | None = cli.flag(None, "the form to write: hf, a Hugging Face folder", choices=("hf",))
-    verify: str | None = cli.flag(None, "compare this folder with its manifest", metavar="DIR")
+    to: str | None = flags.flag(None, "the form to write: hf, a Hugging Face folder", choices=("hf",))
+    verify: str | None = flags.flag(None, "compare this folder with its manifest", metavar="DIR")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     config = cli.parse(ConvertConfig, argv, prog=PROG, description="Write a model in another form, or check a folder.")
     if config.verify is not None:
-        cli.refuse(config, ["to", "out"], "not with --verify")
+        flags.refuse(config, ["to", "out"], "not with --verify")
         return _verify(config, config.verify)
     if config.to is None or config.out is None:
         raise UsageError("--to hf and --out DIR are needed: what to write, and where; or --verify DIR")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from fastgen import cli
+from fastgen import cli, flags
 from fastgen.errors import ModelFileError, UsageError
 
 if TYPE_CHECKING:
@@ -30,20 +30,20 @@ CAPTION = (
 
 def _shared(name: str, default: Any = dataclasses.MISSING) -> Any:
     """Return one of the flags that other commands take with a model, perhaps with another default."""
-    entry = {field.name: field for field in dataclasses.fields(cli.ModelFlags)}[name]
+    entry = {field.name: field for field in dataclasses.fields(flags.ModelFlags)}[name]
     chosen = entry.default if default is dataclasses.MISSING else default
     return dataclasses.field(default=chosen, metadata=entry.metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DoctorConfig(cli.OutputFlags):
+class DoctorConfig(flags.OutputFlags):
     """The flags of `fastgen.doctor`."""
 
     model: str | None = _shared("model", None)
     device: str | None = _shared("device")
     max_seq_len: int | None = _shared("max_seq_len")
     group_size: int = _shared("group_size")
-    smoke_test: bool = cli.flag(True, "compile a model of two layers (default)", negation="no-smoke-test")
+    smoke_test: bool = flags.flag(True, "compile a model of two layers (default)", negation="no-smoke-test")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

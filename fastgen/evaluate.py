@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgen import cli
+from fastgen import cli, flags
 from fastgen.errors import ModelFileError, UsageError
 
 if TYPE_CHECKING:
@@ -22,10 +22,12 @@ PROG = "fastgen.evaluate"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(cli.SourceFlags, cli.QuantFlags, cli.RankFlags, cli.TextFlags, cli.WindowFlags, cli.OutputFlags):
+class EvaluateConfig(
+    flags.SourceFlags, flags.QuantFlags, flags.RankFlags, flags.TextFlags, flags.WindowFlags, flags.OutputFlags
+):
     """The flags of `fastgen.evaluate`."""
 
-    against: str | None = cli.flag(None, "compare with this model, unquantized unless it is itself", metavar="M")
+    against: str | None = flags.flag(None, "compare with this model, unquantized unless it is itself", metavar="M")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +87,7 @@ def _load(config: EvaluateConfig, name: str, phases: cli.Phases, *, quantized: b
     from fastgen.load import load_model
 
     path = session.find(config, phases, None if quantized else name)
-    names = [field.name for field in dataclasses.fields(cli.QuantFlags)] if quantized else []
+    names = [field.name for field in dataclasses.fields(flags.QuantFlags)] if quantized else []
     with phases.phase("load", name) as advance:
         ranks, device = session.join_ranks(config)
         model = load_model(

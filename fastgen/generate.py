@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgen import cli
+from fastgen import cli, flags
 from fastgen.errors import INTERRUPTED, ModelFileError, UsageError
 from tp.watch import process_watch
 
@@ -29,23 +29,23 @@ ACCEPTED = "\x1b[32m{}\x1b[39m"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(cli.EngineFlags, cli.SamplingFlags, cli.ChatFlags, cli.OutputFlags):
+class GenerateConfig(flags.EngineFlags, flags.SamplingFlags, flags.ChatFlags, flags.OutputFlags):
     """The flags of `fastgen.generate`."""
 
-    prompt: str = cli.flag("Once upon a time", "the text to continue; - reads stdin", metavar="TEXT")
-    prompt_file: str | None = cli.flag(None, "a file with the text to continue", metavar="FILE")
-    chat: bool = cli.flag(False, "the prompt is a message: put it into the model's chat template")
-    num_samples: int = cli.flag(1, "texts to generate (with a --temperature they differ)", type=int, metavar="N")
-    ignore_eos: bool = cli.flag(False, "go on past the model's end-of-text tokens")
-    echo: bool = cli.flag(False, "print the prompt before the text")
-    stream: bool = cli.flag(True, "print the text as it comes (default)", negation="no-stream")
-    profile: str | None = cli.flag(None, "write a trace of the generation, for ui.perfetto.dev", metavar="FILE")
-    compare_plain: bool = cli.flag(False, "with --draft: generate without it first, and print the speed-up")
-    show_accepted: bool = cli.flag(False, "with --draft: colour the tokens that were drafted")
-    check_lossless: int = cli.flag(
+    prompt: str = flags.flag("Once upon a time", "the text to continue; - reads stdin", metavar="TEXT")
+    prompt_file: str | None = flags.flag(None, "a file with the text to continue", metavar="FILE")
+    chat: bool = flags.flag(False, "the prompt is a message: put it into the model's chat template")
+    num_samples: int = flags.flag(1, "texts to generate (with a --temperature they differ)", type=int, metavar="N")
+    ignore_eos: bool = flags.flag(False, "go on past the model's end-of-text tokens")
+    echo: bool = flags.flag(False, "print the prompt before the text")
+    stream: bool = flags.flag(True, "print the text as it comes (default)", negation="no-stream")
+    profile: str | None = flags.flag(None, "write a trace of the generation, for ui.perfetto.dev", metavar="FILE")
+    compare_plain: bool = flags.flag(False, "with --draft: generate without it first, and print the speed-up")
+    show_accepted: bool = flags.flag(False, "with --draft: colour the tokens that were drafted")
+    check_lossless: int = flags.flag(
         0, "with --draft: generate no text, but compare N greedy ones with plain decoding's", type=int, metavar="N"
     )
-    interactive: bool = cli.flag(False, "gpt-fast's name for a chat")
+    interactive: bool = flags.flag(False, "gpt-fast's name for a chat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.system is not None and not config.chat:
         raise UsageError("--system: only with --chat")
     if not config.compile:
-        cli.refuse(config, ["fail_on_recompile"], "only with --compile")
+        flags.refuse(config, ["fail_on_recompile"], "only with --compile")
     check_speculation(config)
-    options = cli.generation_options(config, ignore_eos=config.ignore_eos)
+    options = flags.generation_options(config, ignore_eos=config.ignore_eos)
     leads = process_watch().place.leads
     prompt = read_prompt(config) if leads else ""
 
@@ -121,8 +121,8 @@ def encode_prompt(model: "LoadedModel", config: GenerateConfig, prompt: str) -> 
 
 def check_speculation(config: GenerateConfig) -> None:
     """Raise `UsageError` for flags of speculation that contradict or do nothing."""
-    if cli.drafts(config) is None:
-        cli.refuse(config, ["compare_plain", "show_accepted", "check_lossless"], "only with a --draft")
+    if flags.drafts(config) is None:
+        flags.refuse(config, ["compare_plain", "show_accepted", "check_lossless"], "only with a --draft")
     if config.compare_plain and config.num_samples > 1:
         raise UsageError("--compare-plain: compares one text; leave --num-samples out")
     if config.show_accepted and (config.num_samples > 1 or config.json or not config.stream):
@@ -155,7 +155,7 @@ def _check_lossless(model: "LoadedModel", config: GenerateConfig, phases: cli.Ph
     from fastgen import session
     from fastgen.lossless import own_prompts, prove
 
-    count, draft = cli.drafts(config), session.draft_of(config, phases)
+    count, draft = flags.drafts(config), session.draft_of(config, phases)
     assert draft is not None and count is not None, "checked with the flags"
     prompts, unexplained = own_prompts(model, config.check_lossless), 0
     for proof in prove(model, draft, prompts, counts=(*range(1, 9), "auto") if count == "auto" else (count,)):

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from fastgen import cli
+from fastgen import flags
 from fastgen.checkpoint.lazy import Checkpoint
 from fastgen.checkpoint.meta import tokenizer_place
 from fastgen.errors import CapacityError
@@ -15,7 +15,7 @@ from fastgen.tokenizer.save import tokenizer_as_files, tokenizer_beside
 MARGIN = 64 << 20  # for config, tokenizer and the file system's own needs
 
 
-def tokenizer_files(config: cli.SourceFlags, checkpoint: Checkpoint) -> tuple[Tokenizer, dict[str, bytes]]:
+def tokenizer_files(config: flags.SourceFlags, checkpoint: Checkpoint) -> tuple[Tokenizer, dict[str, bytes]]:
     """Return the tokenizer of what is going to be written, and its files by name.
 
     Raises `ModelFileError` for one that is damaged or belongs to another model, `UsageError` if it has no such form.

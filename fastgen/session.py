@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from fastgen import cli, report
+from fastgen import cli, flags, report
 from fastgen.compile_cache import seal, use_cache
 from fastgen.device import describe
 from fastgen.engine import Engine
@@ -20,10 +20,10 @@ from fastgen.speculative import SpeculativeEngine
 from tp.dist import SINGLE, Ranks, join
 
 
-def find(config: cli.SourceFlags, phases: cli.Phases, name: str | None = None) -> Path:
+def find(config: flags.SourceFlags, phases: cli.Phases, name: str | None = None) -> Path:
     """Return the path of the model that the flags name (or `name`), downloaded with progress if it has to be."""
     revision = config.revision if name in (None, config.model) else None
-    ranks = join_ranks(config)[0] if isinstance(config, cli.RankFlags) else SINGLE
+    ranks = join_ranks(config)[0] if isinstance(config, flags.RankFlags) else SINGLE
     place = locate(name or config.model, revision=revision, offline=config.offline)
     if not ranks.any(not isinstance(place, Path)):
         assert isinstance(place, Path), "no rank has to download"
@@ -35,7 +35,7 @@ def find(config: cli.SourceFlags, phases: cli.Phases, name: str | None = None) -
     return place if isinstance(place, Path) else place.run()
 
 
-def load(config: cli.ModelFlags, phases: cli.Phases, name: str | None = None) -> LoadedModel:
+def load(config: flags.ModelFlags, phases: cli.Phases, name: str | None = None) -> LoadedModel:
     """Load the model that the flags name (or `name`), with progress."""
     path = find(config, phases, name)
     with phases.phase("load", name or config.model) as advance:
@@ -59,36 +59,36 @@ def load(config: cli.ModelFlags, phases: cli.Phases, name: str | None = None) ->
     return model
 
 
-def join_ranks(config: cli.RankFlags) -> tuple[Ranks, str | None]:
+def join_ranks(config: flags.RankFlags) -> tuple[Ranks, str | None]:
     """Join the processes that torchrun started, if it did; returns them, and the device that this one computes on."""
     if config.timeout < 1:
         raise UsageError(f"--timeout {config.timeout}: expected at least 1 second")
     ranks, device = join(config.device, config.timeout)
     if ranks.world == 1:
-        cli.refuse(config, ["timeout", "check_ranks"], "only under torchrun, with several processes")
+        flags.refuse(config, ["timeout", "check_ranks"], "only under torchrun, with several processes")
     return ranks, device
 
 
 def make_engine(
-    config: cli.EngineFlags, model: LoadedModel, phases: cli.Phases, *, batch: int = 1, max_seq_len: int | None = None
+    config: flags.EngineFlags, model: LoadedModel, phases: cli.Phases, *, batch: int = 1, max_seq_len: int | None = None
 ) -> Engine:
     """Return the engine that the flags ask for: with a draft, which is loaded here, one that speculates."""
-    draft, count = draft_of(config, phases), cli.drafts(config)
+    draft, count = draft_of(config, phases), flags.drafts(config)
     if draft is None or count is None:
         return Engine(model, batch=batch, max_seq_len=max_seq_len, compile=config.compile)
     speculation = Speculation(draft=draft, count=count, accept=config.accept)
     return SpeculativeEngine(model, speculation, batch=batch, max_seq_len=max_seq_len, compile=config.compile)
 
 
-def draft_of(config: cli.EngineFlags, phases: cli.Phases) -> LoadedModel | str | None:
+def draft_of(config: flags.EngineFlags, phases: cli.Phases) -> LoadedModel | str | None:
     """Return the draft that the flags name, loaded if it is a model, or None."""
-    if cli.drafts(config) is None:
+    if flags.drafts(config) is None:
         return None
     name = str(config.draft)
     return name if name == "ngram" or name.startswith("self:") else load_draft(config, phases)
 
 
-def load_draft(config: cli.EngineFlags, phases: cli.Phases) -> LoadedModel:
+def load_draft(config: flags.EngineFlags, phases: cli.Phases) -> LoadedModel:
     """Load the model that --draft names, to where the target is and in its precision, with the format of its own."""
     name = "stories-draft" if config.draft == "embedded" else str(config.draft)
     path = find(config, phases, name)
@@ -136,13 +136,13 @@ def _noting(phases: cli.Phases) -> Callable[[str], None]:
     return lambda line: phases.note([line])
 
 
-def check_recompiles(config: cli.ModelFlags, engine: Engine) -> None:
+def check_recompiles(config: flags.ModelFlags, engine: Engine) -> None:
     """Raise `RecompiledError` if --fail-on-recompile is given and something was compiled after `warm_up`."""
     if config.fail_on_recompile and engine.recompiles:
         raise RecompiledError(f"--fail-on-recompile: {engine.recompiles} graph(s) were compiled after the start")
 
 
-def document(prog: str, config: cli.ModelFlags, model: LoadedModel) -> dict[str, object]:
+def document(prog: str, config: flags.ModelFlags, model: LoadedModel) -> dict[str, object]:
     """Return what every command's JSON document begins with; the README has the schema."""
     return {
         "schema_version": report.SCHEMA_VERSION,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgen import cli
+from fastgen import cli, flags
 from fastgen.errors import FastgenError, UsageError
 
 if TYPE_CHECKING:
@@ -32,35 +32,41 @@ STRETCH = 10  # steps between two looks at the losses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(
-    cli.FolderFlags, cli.TextFlags, cli.ComputeFlags, cli.TokenizerFlags, cli.ShapeFlags, cli.SeedFlags, cli.OutputFlags
+    flags.FolderFlags,
+    flags.TextFlags,
+    flags.ComputeFlags,
+    flags.TokenizerFlags,
+    flags.ShapeFlags,
+    flags.SeedFlags,
+    flags.OutputFlags,
 ):
     """The flags of `fastgen.train`."""
 
-    resume: bool = cli.flag(False, "go on with the unfinished run in --out")
-    tokens: str | None = cli.flag(None, "instead of --text: a token file of llm.c (uint16)", metavar="BIN")
-    save_tokens: str | None = cli.flag(None, "write the text's tokens to a token file of llm.c", metavar="BIN")
-    train_tokenizer: int | None = cli.flag(
+    resume: bool = flags.flag(False, "go on with the unfinished run in --out")
+    tokens: str | None = flags.flag(None, "instead of --text: a token file of llm.c (uint16)", metavar="BIN")
+    save_tokens: str | None = flags.flag(None, "write the text's tokens to a token file of llm.c", metavar="BIN")
+    train_tokenizer: int | None = flags.flag(
         None, "learn a SentencePiece tokenizer of so many pieces from --text", type=int, metavar="VOCAB"
     )
-    config: str | None = cli.flag(None, "a new model: the config.json that describes it", metavar="FILE")
-    init_from: str | None = cli.flag(None, "the model to train on from", metavar="M")
-    distill_from: str | None = cli.flag(None, "follow this model's predictions, not the text's", metavar="M")
-    distill_temperature: float = cli.flag(1.0, "soften both predictions (default 1)", type=float, metavar="T")
-    steps: int = cli.flag(1000, "optimizer steps (default 1000)", type=int, metavar="N")
-    batch_size: int = cli.flag(32, "rows of a step, over all processes (default 32)", type=int, metavar="N")
-    accumulate: int = cli.flag(1, "parts that a step's rows are taken in, to save memory", type=int, metavar="N")
-    context: int = cli.flag(256, "tokens of a row, and the new model's context (default 256)", type=int, metavar="N")
-    learning_rate: float = cli.flag(1e-3, "its highest; it ends at a tenth (default 1e-3)", type=float, metavar="R")
-    warmup: int = cli.flag(100, "steps up to the highest learning rate (default 100)", type=int, metavar="N")
-    weight_decay: float = cli.flag(0.1, "of matrices (default 0.1)", type=float, metavar="W")
-    clip: float = cli.flag(1.0, "largest norm of the gradient (default 1)", type=float, metavar="N")
-    validation: float = cli.flag(
+    config: str | None = flags.flag(None, "a new model: the config.json that describes it", metavar="FILE")
+    init_from: str | None = flags.flag(None, "the model to train on from", metavar="M")
+    distill_from: str | None = flags.flag(None, "follow this model's predictions, not the text's", metavar="M")
+    distill_temperature: float = flags.flag(1.0, "soften both predictions (default 1)", type=float, metavar="T")
+    steps: int = flags.flag(1000, "optimizer steps (default 1000)", type=int, metavar="N")
+    batch_size: int = flags.flag(32, "rows of a step, over all processes (default 32)", type=int, metavar="N")
+    accumulate: int = flags.flag(1, "parts that a step's rows are taken in, to save memory", type=int, metavar="N")
+    context: int = flags.flag(256, "tokens of a row, and the new model's context (default 256)", type=int, metavar="N")
+    learning_rate: float = flags.flag(1e-3, "its highest; it ends at a tenth (default 1e-3)", type=float, metavar="R")
+    warmup: int = flags.flag(100, "steps up to the highest learning rate (default 100)", type=int, metavar="N")
+    weight_decay: float = flags.flag(0.1, "of matrices (default 0.1)", type=float, metavar="W")
+    clip: float = flags.flag(1.0, "largest norm of the gradient (default 1)", type=float, metavar="N")
+    validation: float = flags.flag(
         0.05, "share of the tokens, from their end, to measure on, but at most 1,048,576 (default 0.05)",
         type=float, metavar="SHARE",
     )  # fmt: skip
-    validate_every: int = cli.flag(200, "steps between validations (default 200)", type=int, metavar="N")
-    save_every: int = cli.flag(500, "steps between saves (default 500)", type=int, metavar="N")
-    sample_every: int = cli.flag(0, "steps between sample texts on stderr (default: only at the end)", type=int,
+    validate_every: int = flags.flag(200, "steps between validations (default 200)", type=int, metavar="N")
+    save_every: int = flags.flag(500, "steps between saves (default 500)", type=int, metavar="N")
+    sample_every: int = flags.flag(0, "steps between sample texts on stderr (default: only at the end)", type=int,
                                  metavar="N")  # fmt: skip
 
 
@@ -103,7 +109,7 @@ def _check(config: TrainConfig) -> None:
     if len(config.shape) + sum(value is not None for value in (config.config, config.init_from)) > 1:
         raise UsageError("--shape, --config and --init-from each say what the model is; give one")
     if config.distill_from is None:
-        cli.refuse(config, ("distill_temperature",), "only with --distill-from, whose predictions it softens")
+        flags.refuse(config, ("distill_temperature",), "only with --distill-from, whose predictions it softens")
     if not 0 < config.validation < 1:
         raise UsageError(f"--validation {config.validation}: expected a share between 0 and 1")
     for name in ("validate_every", "save_every", "sample_every"):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgen import cli
+from fastgen import cli, flags
 from fastgen.errors import ModelFileError, UsageError
 from tp.watch import process_watch
 
@@ -26,13 +26,13 @@ REPORT = "quantize.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeConfig(
-    cli.SourceFlags, cli.QuantFlags, cli.PlacementFlags, cli.FolderFlags, cli.WindowFlags, cli.OutputFlags
+    flags.SourceFlags, flags.QuantFlags, flags.PlacementFlags, flags.FolderFlags, flags.WindowFlags, flags.OutputFlags
 ):
     """The flags of `quantize.run`."""
 
-    method: str = cli.flag("rtn", "how the integers are chosen: rtn, round to nearest", choices=("rtn",))
-    measure: str | None = cli.flag(None, "compare the result with the original on this text", metavar="FILE")
-    overwrite: bool = cli.flag(False, "replace the folder --out if quantize.run wrote it")
+    method: str = flags.flag("rtn", "how the integers are chosen: rtn, round to nearest", choices=("rtn",))
+    measure: str | None = flags.flag(None, "compare the result with the original on this text", metavar="FILE")
+    overwrite: bool = flags.flag(False, "replace the folder --out if quantize.run wrote it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

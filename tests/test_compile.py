@@ -5,9 +5,9 @@ import pytest
 from torch._dynamo.utils import counters
 
 from fastgen import session
-from fastgen.cli import ModelFlags
 from fastgen.engine import Engine
 from fastgen.errors import RecompiledError
+from fastgen.flags import ModelFlags
 from fastgen.naive import generate_naively
 from fastgen.options import GenerationOptions, SamplingOptions
 from tests.models import random_model
