@@ -5,23 +5,27 @@
 
 The library's cache, its environment variables (HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT) and its
 stored token count. One request, which fails at once where there is no network, tells the revision's hash and the
-files' sizes; only the files that are needed are fetched, and never a pickle. A connection that breaks is taken up where
-it broke, a run that was stopped goes on with the files that it lacks. Several processes of a host (torchrun) take
-turns: the first downloads, the others find it done.
+files' sizes; only the files that are needed are fetched, all of that one commit, and never a pickle. A connection that
+breaks is taken up where it broke, a run that was stopped goes on with the files that it lacks. Several processes of a
+host (torchrun) take turns: the first downloads, the others find it done.
+
+What a bare id means, the repository decides, not what happens to be in the cache: of several GGUF files one may have
+been fetched by its name. So the cache alone answers where it has weights that say themselves that they are complete.
 """
 
 import contextlib
 import errno
 import fcntl
-import re
+import glob
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -35,17 +39,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
-from fastgen.checkpoint.hf import INDEX, find_weights, read_shards
+from fastgen.checkpoint.hf import INDEX, WEIGHTS, find_weights, read_shards
 from fastgen.errors import CapacityError, ModelFileError, NetworkError, UsageError
-from fastgen.hub_id import ID
+from fastgen.hub_files import needed_files
+from fastgen.hub_id import COMMIT, ID
 from fastgen.tokenizer.open import NAMES
-from fastgen.tokenizer.save import FILES
 
 ANSWER_SECONDS = 5.0  # for the first request; the library's own retries would take 24 s to say that nobody is there
 MARGIN = 64 << 20  # bytes of disk that a download leaves free
-
-DESCRIPTIONS = ("config.json", "generation_config.json", "quantize_config.json", "quant_config.json")
-WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are there, and all that there will be."""
@@ -59,6 +60,7 @@ class Download:
     revision: str | None  # as it was asked for
     commit: str
     files: tuple[str, ...]
+    opened: str  # the one of them that is the model; "": the folder is
     bytes: int  # still to come
 
     @property
@@ -76,11 +78,12 @@ class Download:
         with _explained(self.repo, self.revision), _turn(self.repo):
             folder = snapshot_download(
                 self.repo,
-                revision=self.revision,
-                allow_patterns=list(self.files),
+                revision=self.commit,
+                allow_patterns=[glob.escape(name) for name in self.files],
                 tqdm_class=_bar(progress or (lambda done, total: None), self.bytes),
             )
-        return Path(folder)
+            _note_commit(Path(folder), self.revision or constants.DEFAULT_REVISION)
+        return Path(folder, self.opened)
 
 
 def locate(
@@ -102,33 +105,50 @@ def locate(
         validate_repo_id(repo)  # the hub's own rules are narrower
     except HFValidationError as error:
         raise UsageError(f"{name}: no id of a model on the hub: {error}") from error
-    found = _cached(repo, revision, file, tokenizer=tokenizer)
+    snapshot = _snapshot(repo, revision)
+    found = snapshot and _cached(snapshot, file, tokenizer=tokenizer)
     if found is not None:
         return found
+    hint = _hint(snapshot) if snapshot and not (file or tokenizer) else ""
     if offline or constants.HF_HUB_OFFLINE:
         asked = f" in revision {revision}" if revision else ""
         raise NetworkError(
-            f"{repo}: not in the cache{asked} ({constants.HF_HUB_CACHE}), and offline; fetch it once online"
+            f"{repo}: not in the cache{asked} ({constants.HF_HUB_CACHE}), and offline; fetch it once online{hint}"
         )
-    with _explained(repo, revision):
+    with _explained(repo, revision, hint):
         info = HfApi().model_info(repo, revision=revision, timeout=ANSWER_SECONDS, files_metadata=True)
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    files = _needed(repo, sorted(sizes), file, tokenizer=tokenizer)
-    commit = info.sha or ""
+        commit = info.sha or ""
+        if COMMIT.fullmatch(commit) is None:
+            raise NetworkError(f"{repo}: {_endpoint()} gives no hash of the revision, but {commit!r:.50}")
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+        files, opened = needed_files(
+            repo, sorted(sizes), lambda name: Path(hf_hub_download(repo, name, revision=commit)), file, tokenizer
+        )
     missing = [name for name in files if not isinstance(try_to_load_from_cache(repo, name, revision=commit), str)]
     download = Download(
-        repo=repo, revision=revision, commit=commit, files=tuple(files), bytes=sum(sizes[name] for name in missing)
+        repo=repo,
+        revision=revision,
+        commit=commit,
+        files=tuple(files),
+        opened=opened,
+        bytes=sum(sizes[name] for name in missing),
     )
+    if not missing:
+        return download.run()
     _require_space(download)
     return download
 
 
-def _cached(repo: str, revision: str | None, file: str | None, *, tokenizer: bool) -> Path | None:
-    """Return the path in the cache, if everything that is needed is there."""
+def _snapshot(repo: str, revision: str | None) -> Path | None:
+    """Return the folder of a revision in the cache, if there is one, with whatever files."""
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[]))
     except (LocalEntryNotFoundError, ValueError):
         return None
+
+
+def _cached(folder: Path, file: str | None, *, tokenizer: bool) -> Path | None:
+    """Return what is to be opened of a snapshot, if everything that is needed is there."""
     if file is not None:
         return folder / file if (folder / file).exists() else None
     if tokenizer:
@@ -137,10 +157,7 @@ def _cached(repo: str, revision: str | None, file: str | None, *, tokenizer: boo
 
 
 def _has_weights(folder: Path) -> bool:
-    """Return whether a snapshot has all that a model is read from; an interrupted download leaves less."""
-    ggufs = list(folder.glob("*.gguf"))
-    if len(ggufs) == 1 and ggufs[0].exists():
-        return True
+    """Return whether a snapshot surely has all that a model is read from; an interrupted download leaves less."""
     if not (folder / "config.json").exists() or not any((folder / name).exists() for name in NAMES):
         return False
     try:
@@ -148,37 +165,27 @@ def _has_weights(folder: Path) -> bool:
         names = set(read_shards(weights).values()) if weights.name.endswith(INDEX) else {weights.name}
     except ModelFileError:
         return False
-    return all((folder / name).exists() for name in names)
+    return weights.name in WEIGHTS and all((folder / name).exists() for name in names)
 
 
-def _needed(repo: str, names: Sequence[str], file: str | None, *, tokenizer: bool) -> list[str]:
-    """Return the files of a repository that a model, or its tokenizer, is read from."""
-    beside = [name for name in names if name in FILES or name in DESCRIPTIONS]
-    ggufs = [name for name in names if name.endswith(".gguf") and "/" not in name]
-    if file is not None:
-        if file not in names:
-            raise ModelFileError(f"{repo}: has no {file}, but {_listed(ggufs)}")
-        return [file]
-    if tokenizer:
-        return beside
-    weights = [name for name in names if WEIGHTS.fullmatch(name)]
-    if not weights:
-        weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
-    if weights:
-        return beside + weights
-    if len(ggufs) == 1:
-        return ggufs
-    if ggufs:
-        raise ModelFileError(
-            f"{repo}: has {len(ggufs)} GGUF files; name one, as in {repo}/{ggufs[0]}: {_listed(ggufs)}"
-        )
-    pickles = [name for name in names if name.endswith((".bin", ".pth", ".pt"))]
-    if pickles:
-        raise ModelFileError(
-            f"{repo}: has its weights as pickles alone ({_listed(pickles)}), which are not downloaded; "
-            f"to trust them all the same: hf download {repo} --local-dir DIR, then --model DIR"
-        )
-    raise ModelFileError(f"{repo}: has no weights among {_listed(names)}")
+def _hint(folder: Path) -> str:
+    """Return the way to weights in the cache that may be all of the repository's, or not."""
+    alone = [*folder.glob("*.gguf"), *folder.glob("*.safetensors")]
+    return f", or give the path of what the cache has: {alone[0]}" if alone else ""
+
+
+def _note_commit(folder: Path, revision: str) -> None:
+    """Let the cache know which commit a branch or tag is, now that all of it that is needed is there.
+
+    The library does this itself only where it resolves the name once more, which may have moved since.
+    """
+    if revision == folder.name:
+        return
+    note = folder.parent.parent / "refs" / revision
+    note.parent.mkdir(parents=True, exist_ok=True)
+    partial = note.with_name(f"{note.name}.{os.getpid()}.tmp")
+    partial.write_text(folder.name)
+    partial.replace(note)
 
 
 def _require_space(download: Download) -> None:
@@ -203,13 +210,16 @@ def _turn(repo: str) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _explained(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn the library's errors into ours, in a line or two."""
+def _endpoint() -> str:
+    """Return the address of the hub; a mirror's password is nobody's business."""
     parts = urlsplit(constants.ENDPOINT)
-    endpoint = parts._replace(
-        netloc=parts.netloc.rpartition("@")[2]
-    ).geturl()  # a mirror's password is nobody's business
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+@contextlib.contextmanager
+def _explained(repo: str, revision: str | None, hint: str = "") -> Iterator[None]:
+    """Turn the library's errors into ours, in a line or two."""
+    endpoint = _endpoint()
     try:
         yield
     except GatedRepoError as error:
@@ -231,7 +241,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         cause = error.__cause__ or error
         raise NetworkError(
             f"{repo}: no folder here, not in the cache, and {endpoint} cannot be reached ({type(cause).__name__}); run "
-            "again when it can, or give a folder"
+            f"again when it can, or give a folder{hint}"
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -258,7 +268,3 @@ def _bar(progress: Progress, total: int) -> type[tqdm]:
             return super().update(n)
 
     return Bar
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -13,7 +13,7 @@ from fastgen.device import describe
 from fastgen.engine import Engine
 from fastgen.errors import RecompiledError, UsageError
 from fastgen.hub_id import commit_of
-from fastgen.load import LoadedModel, load_model, locate, use_kernels
+from fastgen.load import LoadedModel, load_model, locate, resolve, use_kernels
 from fastgen.options import GenerationOptions
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
@@ -31,8 +31,11 @@ def find(config: flags.SourceFlags, phases: cli.Phases, name: str | None = None)
     with phases.phase("download", getattr(place, "title", "")) as advance:
         if not isinstance(place, Path) and ranks.place.local == 0:
             place = place.run(advance)
-        ranks.wait()  # the others of this machine find it in the cache
-    return place if isinstance(place, Path) else place.run()
+        ranks.wait()
+    if isinstance(place, Path):
+        return place
+    # The others of this machine find it in the cache: of the commit that was fetched, should the branch have moved.
+    return resolve(name or config.model, revision=revision, offline=config.offline)
 
 
 def load(config: flags.ModelFlags, phases: cli.Phases, name: str | None = None) -> LoadedModel:

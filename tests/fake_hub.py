@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 REPO = "someone/tiny-llama"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LATER = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 @dataclass
@@ -18,17 +19,28 @@ class FakeHub:
     """A repository, what is wrong with it, and what was asked for.
 
     Attributes:
+        later: what the branch has once it has moved on, to the commit `LATER`.
         cut: bytes of a file after which the connection breaks, once.
         gated: files are given to nobody without a token.
         status: what every request is answered with, if not 200.
     """
 
     files: Mapping[str, bytes]
+    later: Mapping[str, bytes] | None = None
     cut: dict[str, int] = field(default_factory=dict)
     gated: bool = False
     status: int = 200
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
     url: str = ""
+
+    def commit(self, revision: str) -> str | None:
+        """The commit that a revision is now, None if there is no such revision."""
+        main = COMMIT if self.later is None else LATER
+        return {"main": main, COMMIT: COMMIT, LATER: LATER}.get(revision)
+
+    def at(self, commit: str) -> Mapping[str, bytes]:
+        """The files of a commit."""
+        return self.later if self.later is not None and commit == LATER else self.files
 
     def asked(self, method: str) -> list[str]:
         """The files that were asked for by `method`, in order."""
@@ -59,16 +71,17 @@ class _Handler(BaseHTTPRequestHandler):
             revision = path.partition("/resolve/")[2].partition("/")[0]
         if not path.removeprefix("/api/models").startswith(f"/{REPO}"):
             return self._refuse(401, "RepoNotFound", with_body)
-        if revision not in ("main", COMMIT):
+        commit = hub.commit(revision)
+        if commit is None:
             return self._refuse(404, "RevisionNotFound", with_body)
         if path.startswith("/api/models/"):
-            return self._send(200, json.dumps(self._describe(tree="/tree/" in path)).encode(), with_body)
+            return self._send(200, json.dumps(self._describe(commit, tree="/tree/" in path)).encode(), with_body)
         if hub.gated and self.headers.get("Authorization") != "Bearer hf_good":
             return self._refuse(403, "GatedRepo", with_body)
-        return self._give(path.rpartition("/")[2], with_body)
+        return self._give(commit, path.rpartition("/")[2], with_body)
 
-    def _describe(self, *, tree: bool) -> object:
-        files = self.hub.files.items()
+    def _describe(self, commit: str, *, tree: bool) -> object:
+        files = self.hub.at(commit).items()
         if tree:
             return [
                 {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
@@ -79,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         return {
             "id": REPO,
-            "sha": COMMIT,
+            "sha": commit,
             "private": False,
             "siblings": siblings,
             "tags": [],
@@ -87,11 +100,11 @@ class _Handler(BaseHTTPRequestHandler):
             "likes": 0,
         }
 
-    def _give(self, name: str, with_body: bool) -> None:
-        data = self.hub.files.get(name)
+    def _give(self, commit: str, name: str, with_body: bool) -> None:
+        data = self.hub.at(commit).get(name)
         if data is None:
             return self._refuse(404, "EntryNotFound", with_body)
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"

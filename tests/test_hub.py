@@ -16,10 +16,13 @@ import torch
 
 from fastgen import hub, load
 from fastgen.errors import CapacityError, ModelFileError, NetworkError, UsageError
+from fastgen.hub_files import needed_files
 from fastgen.hub_id import commit_of, is_id
 from tests.checkpoint_writers import LLAMA, make_model, write_hf, write_sharded_safetensors
-from tests.fake_hub import COMMIT, REPO, FakeHub, serve
+from tests.fake_hub import COMMIT, LATER, REPO, FakeHub, serve
 from tests.vocabularies import small_byte_level
+
+INDEX = "model.safetensors.index.json"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -63,7 +66,7 @@ def test_a_model_is_fetched_once_and_then_found_without_a_request(server: FakeHu
     assert not isinstance(place, Path)
     needed = [name for name in server.files if name.endswith((".json", ".safetensors"))]
     assert sorted(place.files) == sorted(needed)
-    assert place.bytes == sum(len(server.files[name]) for name in needed)
+    assert place.bytes == sum(len(server.files[name]) for name in needed if name != INDEX), "the index is read before"
     assert (place.commit, place.revision) == (COMMIT, None)
     folder = place.run(lambda done, total: seen.append((done, total)))
     assert seen[-1] == (place.bytes, place.bytes) and seen == sorted(seen)
@@ -192,10 +195,10 @@ def test_nobody_there_is_said_at_once_and_after_one_attempt(
 def test_a_disk_without_room_is_said_before_anything_is_fetched(
     server: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(CapacityError, match=r"needs 0\.\d MB, .* has 0\.0 MB free; nothing was fetched"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(CapacityError, match=r"needs 0\.\d MB, .* has 0\.1 MB free; nothing was fetched"):
         hub.locate(REPO)
-    assert not server.asked("GET")
+    assert server.asked("GET") == [INDEX], "which names the shards"
 
 
 def test_a_disk_that_fills_up_is_said_too(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,11 +212,12 @@ def test_a_disk_that_fills_up_is_said_too(server: FakeHub, monkeypatch: pytest.M
 
 def test_what_a_repository_must_have() -> None:
     def needed(*names: str, file: str | None = None) -> list[str]:
-        return hub._needed("a/b", sorted(names), file, tokenizer=False)
+        return needed_files("a/b", sorted(names), Path, file)[0]
 
     both = needed("model.safetensors", "consolidated.safetensors", "config.json", "original/consolidated.00.pth")
     assert both == ["config.json", "model.safetensors"]
-    assert needed("gptq_model-4bit.safetensors", "quantize_config.json") == [
+    assert needed("gptq_model-4bit.safetensors", "quantize_config.json", "config.json") == [
+        "config.json",
         "quantize_config.json",
         "gptq_model-4bit.safetensors",
     ]
@@ -222,11 +226,15 @@ def test_what_a_repository_must_have() -> None:
     for names, file, words in (
         (("a.gguf", "b.gguf"), None, "2 GGUF files; name one, as in a/b/a.gguf"),
         (("a.gguf",), "c.gguf", "has no c.gguf, but a.gguf"),
+        (("a.safetensors", "b.safetensors", "config.json"), None, "2 safetensors files and no model.safetensors.index"),
+        (("model.safetensors", "tokenizer.json"), None, "has weights, but no config.json"),
         (("pytorch_model.bin", "config.json"), None, "pickles alone .*not downloaded"),
         (("README.md",), None, "no weights among README.md"),
     ):
         with pytest.raises(ModelFileError, match=words):
             needed(*names, file=file)
+    with pytest.raises(ModelFileError, match=r"no tokenizer among a\.gguf"):
+        needed_files("a/b", ["a.gguf"], Path, tokenizer=True)
 
 
 def test_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,3 +301,83 @@ def test_a_folder_in_the_cache_that_lacks_a_shard_is_not_taken_for_complete(serv
     assert hub._has_weights(folder) and not hub._has_weights(whole), "no tokenizer there"
     next(folder.glob("*2-of-00003.safetensors")).unlink()
     assert not hub._has_weights(folder)
+
+
+def test_a_gguf_that_was_fetched_by_its_name_is_not_taken_for_the_model(server: FakeHub) -> None:
+    sound = server.files
+    server.files = {**sound, "other.gguf": b"GGUF"}
+    file = fetch(f"{REPO}/other.gguf")
+    assert (file.name, file.read_bytes(), file.parent.name) == ("other.gguf", b"GGUF", COMMIT)
+    assert hub.locate(f"{REPO}/other.gguf", offline=True) == file
+    with pytest.raises(
+        NetworkError, match=r"not in the cache.*, or give the path of what the cache has: .*other\.gguf"
+    ):
+        hub.locate(REPO, offline=True)
+    folder = fetch()
+    assert (folder / "config.json").exists() and folder == hub.locate(REPO, offline=True)
+    assert load.load_model(REPO, device="cpu").checkpoint.format == "hugging face"
+
+
+def test_of_several_ggufs_the_one_in_the_cache_is_not_chosen(server: FakeHub) -> None:
+    server.files = {"a.gguf": b"GGUF", "b.gguf": b"GGUF"}
+    fetch(f"{REPO}/b.gguf")
+    with pytest.raises(ModelFileError, match="2 GGUF files; name one"):
+        hub.locate(REPO)
+
+
+def test_the_only_gguf_of_a_repository_is_the_model(server: FakeHub) -> None:
+    server.files = {"a.gguf": b"GGUF", "config.json": b"{}", "README.md": b"#"}
+    assert fetch() == fetch(f"{REPO}/a.gguf") == hub.locate(f"{REPO}/a.gguf", offline=True)
+    assert server.asked("GET") == ["a.gguf"]
+
+
+def test_a_safetensors_file_of_an_odd_name_counts_before_a_gguf(server: FakeHub, tmp_path: Path) -> None:
+    folder = write_hf(tmp_path / "model", LLAMA, make_model(LLAMA))
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit.safetensors")
+    server.files = contents(folder) | {"a.gguf": b"GGUF", "tokenizer.json": server.files["tokenizer.json"]}
+    fetch(f"{REPO}/a.gguf")
+    assert load.load_model(REPO, device="cpu").checkpoint.format == "hugging face"
+    (folder / "a.gguf").write_bytes(b"GGUF")
+    assert load.open_checkpoint(folder).format == "hugging face"
+
+
+def test_all_files_are_of_the_commit_that_the_branch_was_when_it_was_asked(server: FakeHub) -> None:
+    place = hub.locate(REPO)
+    assert not isinstance(place, Path)
+    server.later = {name: data + b" " if name.endswith(".json") else b"other" for name, data in server.files.items()}
+    folder = place.run()
+    assert folder.name == COMMIT
+    assert all(path.read_bytes() == server.files[path.name] for path in folder.iterdir())
+    server.requests.clear()
+    assert hub.locate(REPO) == hub.locate(REPO, offline=True) == hub.locate(REPO, revision=COMMIT) == folder
+    assert not server.requests, "what was fetched is the branch, as far as the cache knows"
+    assert hub.locate(REPO, revision=LATER) != folder
+
+
+def test_shards_are_fetched_by_the_names_that_the_index_gives(server: FakeHub) -> None:
+    index = json.loads(server.files[INDEX])
+    odd = {name: f"part {number}.safetensors" for number, name in enumerate(sorted(set(index["weight_map"].values())))}
+    index["weight_map"] = {tensor: odd[name] for tensor, name in index["weight_map"].items()}
+    renamed = {odd.get(name, name): data for name, data in server.files.items()}
+    server.files = renamed | {INDEX: json.dumps(index).encode(), "model-9-of-9.safetensors": b""}
+    folder = fetch()
+    assert {path.name for path in folder.glob("*.safetensors")} == set(odd.values())
+    assert torch.equal(
+        load.load_model(REPO, device="cpu").transformer.norm.weight.float(), make_model(LLAMA)["model.norm.weight"]
+    )
+    assert hub.locate(REPO, offline=True) == folder
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "run.py", "gone.safetensors", "sub/x.safetensors"])
+def test_an_index_fetches_no_file_but_safetensors_of_the_repository(server: FakeHub, name: str) -> None:
+    index = {"weight_map": {"model.norm.weight": name}}
+    server.files = {**server.files, INDEX: json.dumps(index).encode(), "sub/x.safetensors": b""}
+    with pytest.raises(ModelFileError, match=r"no plain file name|names what is no safetensors file"):
+        hub.locate(REPO)
+    assert server.asked("GET") == [INDEX]
+
+
+def test_a_hub_that_gives_no_commit_is_refused(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.fake_hub.COMMIT", "../../elsewhere")
+    with pytest.raises(NetworkError, match=r"gives no hash of the revision, but '\.\./\.\./elsewhere'"):
+        hub.locate(REPO)

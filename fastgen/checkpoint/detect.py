@@ -44,7 +44,8 @@ def _open_folder(folder: Path) -> Checkpoint:
     if not names:
         raise ModelFileError(f"{folder}: the folder is empty")
     ggufs = [name for name in names if name.endswith(".gguf")]
-    if not set(WEIGHTS).isdisjoint(names) or ("config.json" in names and not ggufs):
+    described = "config.json" in names and (not ggufs or any(name.endswith(".safetensors") for name in names))
+    if described or not set(WEIGHTS).isdisjoint(names):
         return open_hf(folder)
     if len(ggufs) == 1:
         return open_gguf(folder / ggufs[0])
