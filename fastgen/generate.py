@@ -158,7 +158,8 @@ def _check_lossless(model: "LoadedModel", config: GenerateConfig, phases: cli.Ph
     count, draft = flags.drafts(config), session.draft_of(config, phases)
     assert draft is not None and count is not None, "checked with the flags"
     prompts, unexplained = own_prompts(model, config.check_lossless), 0
-    for proof in prove(model, draft, prompts, counts=(*range(1, 9), "auto") if count == "auto" else (count,)):
+    counts = (*range(1, 9), "auto") if count == "auto" else (count,)
+    for proof in prove(model, draft, prompts, counts=counts, compile=config.compile):
         unexplained += sum(not difference.explained for difference in proof.differences)
         sys.stdout.write(
             f"drafts {proof.count}: {proof.texts} texts, {proof.tokens} tokens, {len(proof.differences)} texts differ\n"

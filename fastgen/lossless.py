@@ -4,6 +4,9 @@ Prompts are what the target itself writes: beginnings sampled with a temperature
 that differs is followed to its first other token. In fp32 that does not happen but where two tokens tie to the last
 bits; in bf16 logits that are computed for several tokens at once may round apart from those of one (`noise`), and a
 difference is explained where the two best tokens lie no further apart than that (`gap`).
+
+Texts are compared in batches, which is faster and lets rows accept each their own number. `auto` gets small ones: it
+drafts where that pays, and on a CPU a hundred rows leave nothing to gain.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,11 +18,13 @@ from torch import Tensor
 from fastgen.engine import Engine
 from fastgen.load import LoadedModel
 from fastgen.options import GenerationOptions, SamplingOptions
-from fastgen.speculation import Speculation
+from fastgen.rounds import WIDTHS
+from fastgen.speculation import AUTO, Speculation
 from fastgen.speculative import SpeculativeEngine
 
 PROMPT_TOKENS = 8
-MOST_ROWS = 100
+MOST_ROWS, AUTO_ROWS = 100, 10
+"""Texts at a time, for a fixed number of drafts and for `auto`."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Proof:
-    """What comparing gave for one number of drafts."""
+    """What comparing gave for one number of drafts; `acceptance` and `launches` are of the last batch of texts."""
 
     count: int | str
+    rows: int
     texts: int
     tokens: int
     acceptance: float | None
+    launches: dict[str, int]
     differences: tuple[Difference, ...]
 
 
@@ -66,30 +73,42 @@ def own_prompts(model: LoadedModel, texts: int) -> list[list[int]]:
 
 
 def prove(
-    model: LoadedModel, draft: LoadedModel | str, prompts: Sequence[Sequence[int]], *,
-    counts: Sequence[int | str], new_tokens: int = 64, sampling: SamplingOptions | None = None,
+    model: LoadedModel, draft: LoadedModel | str, prompts: Sequence[Sequence[int]], *, counts: Sequence[int | str],
+    new_tokens: int = 64, sampling: SamplingOptions | None = None, rows: int | None = None, compile: bool = False,
 ) -> Iterator[Proof]:  # fmt: skip
-    """Yield, for every number of drafts, how texts of `new_tokens` compare to plain decoding's; greedy by default."""
-    rows = min(len(prompts), MOST_ROWS)
+    """Yield, for every number of drafts, how texts of `new_tokens` compare to plain decoding's; greedy by default.
+
+    `rows` texts are generated at a time, by either; steps are compiled with `compile`.
+    """
     options = GenerationOptions(max_new_tokens=new_tokens, ignore_eos=True, sampling=sampling or SamplingOptions())
     capacity = max(map(len, prompts)) + new_tokens
-    groups = [list(map(list, prompts[start : start + rows])) for start in range(0, len(prompts), rows)]
-    groups[-1] += [groups[-1][-1]] * (rows - len(groups[-1]))
-    expected = _texts(Engine(model, batch=rows, max_seq_len=capacity), groups, options)[: len(prompts)]
+    expected: dict[int, list[list[int]]] = {}
     for count in counts:
-        engine = SpeculativeEngine(model, Speculation(draft=draft, count=count), batch=rows, max_seq_len=capacity)
-        found = _texts(engine, groups, options)[: len(prompts)]
+        batch = min(len(prompts), rows or (AUTO_ROWS if count == AUTO else MOST_ROWS))
+        if batch not in expected:
+            plain = Engine(model, batch=batch, max_seq_len=capacity, compile=compile)
+            expected[batch] = _texts(plain, prompts, options)
+        speculation = Speculation(draft=draft, count=count)
+        engine = SpeculativeEngine(model, speculation, batch=batch, max_seq_len=capacity, compile=compile)
+        found = _texts(engine, prompts, options)
         different = [
-            _difference(model, number, list(prompt), plain, other)
-            for number, (prompt, plain, other) in enumerate(zip(prompts, expected, found, strict=True))
-            if plain != other
+            _difference(model, number, list(prompt), plain_text, other)
+            for number, (prompt, plain_text, other) in enumerate(zip(prompts, expected[batch], found, strict=True))
+            if plain_text != other
         ]
-        tokens = sum(map(len, expected))
-        yield Proof(count, len(prompts), tokens, engine.tally.acceptance, tuple(different))
+        tokens, figures = sum(map(len, found)), engine.figures()
+        yield Proof(count, batch, len(prompts), tokens, figures.acceptance, figures.arms, tuple(different))
 
 
-def _texts(engine: Engine, groups: list[list[list[int]]], options: GenerationOptions) -> list[list[int]]:
-    return [list(row.tokens) for group in groups for row in engine.generate(group, options)]
+def _texts(engine: Engine, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> list[list[int]]:
+    """Return the texts, as many at a time as the engine takes; the last of them again where too few are left."""
+    engine.warm_up(options)
+    found: list[list[int]] = []
+    for start in range(0, len(prompts), engine.batch):
+        group = list(map(list, prompts[start : start + engine.batch]))
+        group += [group[-1]] * (engine.batch - len(group))
+        found += [list(row.tokens) for row in engine.generate(group, options)]
+    return found[: len(prompts)]
 
 
 @torch.inference_mode()
@@ -97,10 +116,12 @@ def _difference(model: LoadedModel, number: int, prompt: list[int], plain: list[
     place = next(at for at, (one, another) in enumerate(zip(plain, other, strict=True)) if one != another)
     text = torch.tensor([[*prompt, *plain[:place]]], device=model.placement.device)
     model.transformer.allocate_cache(1, text.shape[1] + 1)
-    alone = torch.cat([_logits(model, text[:, at : at + 1], at) for at in range(text.shape[1])])[-1]
-    together = _logits(model, text[:, -4:], max(0, text.shape[1] - 4))[-1]
+    length = text.shape[1]
+    alone = torch.cat([_logits(model, text[:, at : at + 1], at) for at in range(length)])[-1]
+    starts = [max(0, length - width) for width in (*WIDTHS[1:], length)]
+    together = torch.stack([_logits(model, text[:, start:], start)[-1] for start in starts])
     best = alone.topk(2)
-    noise = (alone - together)[best.indices].abs().max()
+    noise = (alone - together)[:, best.indices].abs().max()
     return Difference(number, place, float(best.values[0] - best.values[1]), float(noise))
 
 
