@@ -2,17 +2,16 @@
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 
-ENDLESS = ("--model", "stories", "--max-new-tokens", "1000", "--ignore-eos", "--device", "cpu")
-"""A generation that outlasts any test."""
+PATIENCE = 120.0
+"""Seconds for anything to happen on a busy machine."""
 
 
 class Run:
@@ -35,12 +34,27 @@ class Run:
         """What was written to stderr so far."""
         return self.errors.read_text()
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
+    def told(self) -> tuple[str, ...]:
+        """What fastgen said on stderr, line by line."""
+        return tuple(line for line in self.message().splitlines() if "fastgen: " in line)
+
+    def wait_for(self, text: str) -> None:
         """Return once stderr or stdout holds a text."""
-        deadline = time.monotonic() + seconds
-        while text not in self.message():
+        self._wait(lambda: text in self.message())
+
+    def wait_for_ranks(self, world: int) -> None:
+        """Return once so many processes have started."""
+        self._wait(lambda: len(self.ranks()) == world)
+
+    def wait_for_file(self, path: Path) -> None:
+        """Return once a file is there."""
+        self._wait(path.exists)
+
+    def _wait(self, is_done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not is_done():
             assert time.monotonic() < deadline and self.agents[0].poll() is None, self.message()
-            time.sleep(0.02)
+            time.sleep(0.01)
 
     def gone_within(self, seconds: float, *, agents: bool = True) -> None:
         """Check that no process of the run is left after so many seconds; torchrun's own may be slow to say goodbye."""
@@ -91,11 +105,6 @@ def torchrun(
                     child.kill()
             agent.kill()
             agent.wait()
-
-
-def suspend(process: psutil.Process) -> None:
-    """Stop a process where it stands; only SIGKILL ends it then."""
-    os.kill(process.pid, signal.SIGSTOP)
 
 
 def _is_dead(process: psutil.Process) -> bool:

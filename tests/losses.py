@@ -1,0 +1,105 @@
+"""Runs of torchrun that lose a rank or their agent, at a chosen phase: what was said, and how long until all was gone.
+
+    loss = lose(folder, Disturbance("kill", world=3, rank=1, phase="decode", seconds=0.2))
+
+`disturbances` are those of the long proof, the same every time; `scripts/lose_ranks` records what came of them.
+"""
+
+import json
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.torchrun import torchrun
+
+SECONDS = 5.0
+"""In which every process must be gone."""
+
+TIMEOUT = 8.0
+"""`--timeout` of stalls; less, and ranks that start on a busy machine count as stalled."""
+
+ENDLESS = ("--model", "stories", "--max-new-tokens", "1000", "--ignore-eos", "--device", "cpu")
+"""A generation that outlasts any test."""
+
+FLAGS = {
+    "prefill": ("--prompt", "Once upon a time there was a girl. " * 90),
+    "speculation": ("--draft", "embedded", "--speculate", "3"),
+}
+"""What makes a phase last, or happen."""
+
+SIGNALS = {"kill": signal.SIGKILL, "stall": signal.SIGSTOP, "agent": 0}
+
+DELAYS = {"load": 0.1, "prefill": 0.2, "decode": 1.0, "speculation": 1.0}
+"""Seconds within a phase in which something happens."""
+
+COUNTS = {"kill": 25, "stall": 5, "agent": 5}
+"""Of each kind in each phase: 100 ranks killed, 20 stalled, and 20 agents killed."""
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """What happens to a run: "kill" or "stall" of a rank, or "agent", so long after the rank has come to a phase."""
+
+    kind: str
+    world: int
+    rank: int
+    phase: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What came of it.
+
+    Attributes:
+        seconds: from the disturbance until the last process was gone.
+        messages: what the survivors said.
+    """
+
+    seconds: float
+    messages: tuple[str, ...]
+
+
+def disturbances() -> list[Disturbance]:
+    """Return what the long proof does to its runs."""
+    chance, found = random.Random(0), []
+    for kind, count in COUNTS.items():
+        for number in range(count):
+            for phase, longest in DELAYS.items():
+                world = 2 + number % 2
+                delay = round(chance.uniform(0, longest), 3)
+                found.append(Disturbance(kind, world, chance.randrange(world), phase, delay))
+    return found
+
+
+def lose(folder: Path, disturbance: Disturbance) -> Loss:
+    """Disturb a run, and check that it ends in time, with the one message that is due."""
+    kind, phase = disturbance.kind, disturbance.phase
+    marker = folder / "disturbed"
+    plan = {
+        "rank": disturbance.rank, "phase": "decode" if phase == "speculation" else phase,
+        "seconds": disturbance.seconds, "number": int(SIGNALS[kind]), "marker": str(marker),
+    }  # fmt: skip
+    flags = [*ENDLESS, *FLAGS.get(phase, ()), "--timeout", str(TIMEOUT)]
+    allowed = SECONDS + (TIMEOUT if kind == "stall" else 0)
+    with torchrun(folder, disturbance.world, json.dumps(plan), *flags, module="tests.disturbed_rank") as run:
+        run.wait_for_ranks(disturbance.world)
+        run.remember()
+        run.wait_for_file(marker)
+        begin = time.monotonic()
+        if kind == "agent":
+            run.agents[0].kill()
+        run.gone_within(allowed)
+        seconds = time.monotonic() - begin
+        messages = run.told()
+    check_messages(disturbance, messages)
+    return Loss(round(seconds, 2), messages)
+
+
+def check_messages(disturbance: Disturbance, messages: tuple[str, ...]) -> None:
+    """One message names the rank, and what became of it."""
+    rank = f"rank {disturbance.rank} of {disturbance.world}"
+    due = {"kill": f"{rank} died in", "stall": f"{rank} has not ", "agent": "torchrun's agent died in"}
+    assert len(messages) == 1 and due[disturbance.kind] in messages[0], f"{disturbance}: {messages}"
