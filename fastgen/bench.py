@@ -125,7 +125,7 @@ def _load(config: BenchConfig, name: str, placement: "Placement", ranks: "Ranks"
         return session.load(config, phases, name)
     with phases.phase("load", name):
         scheme = make_scheme(config.quant, group_size=config.group_size, symmetric=config.symmetric, keep=config.keep)
-        model = random_model(shape(name), placement, scheme=scheme, ranks=ranks)
+        model = random_model(shape(name), placement, scheme=scheme, ranks=ranks, check_ranks=config.check_ranks)
     return model
 
 

@@ -149,8 +149,7 @@ def use_kernels(model: LoadedModel, name: str, *, compile: bool) -> None:
     from quantize.on_gpu import pack_linears  # noqa: PLC0415
 
     fused.prepare(device)
-    if not model.plan:
-        pack_linears(model.transformer)
+    pack_linears(model.transformer)
     model.transformer.stages = _over_ranks(model, fused)
 
 
@@ -197,10 +196,12 @@ def random_model(
     seed: int = 0,
     scheme: Scheme | None = None,
     ranks: Ranks = SINGLE,
+    check_ranks: bool = False,
 ) -> LoadedModel:
     """Return a model of a shape with random weights, made on the device; its tokens are bytes.
 
-    Each of several ranks makes a part of its own: together they are not the model that one rank makes.
+    Each of several ranks makes a part of its own: together they are not the model that one rank makes. `check_ranks`
+    compares them at every step.
     """
     formats = scheme.formats(config) if scheme else {}
     plan = _plan(config, formats, ranks)
@@ -228,7 +229,7 @@ def random_model(
     )  # fmt: skip
     transformer = _completed(transformer, placement)
     if plan:
-        shard(transformer, reference, plan, ranks)
+        shard(transformer, reference, plan, ranks, check=check_ranks)
     return LoadedModel(
         transformer=transformer, tokenizer=ByteTokenizer(), checkpoint=checkpoint, placement=placement,
         formats=formats, plan=plan, ranks=ranks,

@@ -8,6 +8,7 @@ from fastgen.errors import UsageError
 from fastgen.shapes import SHAPES
 from quantize.format import GROUP_SIZES, WeightFormat
 from quantize.linear import dequantize_weight, quantize_weight
+from quantize.scheme import Scheme
 from tests.models import TINY, InMemory, random_weights
 from tp.plan import Plan, cut_groups, deal, length, make_plan, split_heads
 
@@ -125,3 +126,14 @@ def test_too_many_ranks_are_refused_with_the_number_and_the_nearest_that_works(
     best = {5: 4, 8: 4, 4: 3}[world]
     assert message in str(error.value) and str(error.value).endswith(f"\nStart {best}")
     make_plan(config, formats, best, 0)
+
+
+@pytest.mark.parametrize(("quant", "group_size"), [("int8", 128), ("int4", 32), ("int4", 128)])
+def test_hidden_units_of_quantized_weights_are_dealt_out_by_what_kernels_take_at_a_time(
+    quant: str, group_size: int
+) -> None:
+    config = SHAPES["llama-2-7b"]
+    formats = Scheme(quant=quant, group_size=group_size).formats(config)
+    assert [length(plan.hidden) for plan in plans(config, 4, formats)] == [2688, 2816, 2688, 2816]
+    assert [length(plan.hidden) for plan in plans(config, 2, formats)] == [5504, 5504]
+    assert [length(plan.hidden) for plan in plans(config, 4)] == [2752] * 4

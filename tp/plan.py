@@ -41,8 +41,11 @@ Span = tuple[int, int]
 BLOCKS = (128, 64, 32, 16, 8, 4, 2, 1)
 """Hidden units, or tokens, that stay together where they can: kernels like whole tiles."""
 
-CPU_BLOCK = 64
-"""Columns that `quantize.cpu` takes at a time."""
+FINE = 8
+"""Blocks for each rank that leave the parts of a total about equal, however they are dealt out."""
+
+KERNEL_BLOCKS = (128, 64)
+"""Columns that the kernels for quantized weights take at a time, on GPUs and on CPUs; of others they make a copy."""
 
 MOST_RANKS = 1024
 
@@ -190,22 +193,23 @@ def block_of(total: int, world: int) -> int:
     """Return in blocks of which size a total is best dealt out: the largest that gives equal parts, else the largest
     of which everyone gets several."""
     even = [block for block in BLOCKS if total % (block * world) == 0]
-    several = [block for block in BLOCKS if total // block >= 8 * world]
+    several = [block for block in BLOCKS if total // block >= FINE * world]
     return (even or several or [1])[0]
 
 
 def _hidden_block(config: ModelConfig, formats: Mapping[str, WeightFormat], world: int) -> int:
-    groups = {
-        weight_format.group_size
-        for name, weight_format in formats.items()
-        if name.endswith(".w_down") and weight_format.group_size
-    }
+    """Return in blocks of which size the hidden units are dealt out: whole groups, and where it leaves the parts about
+    equal, what kernels take at a time."""
+    total, plain = config.hidden_dim, block_of(config.hidden_dim, world)
+    groups = [weight_format.group_size or 1 for name, weight_format in formats.items() if name.endswith(".w_down")]
     if not groups:
-        return block_of(config.hidden_dim, world)
-    block = max(groups)  # powers of two: each divides the largest
-    while block < CPU_BLOCK and config.hidden_dim % (2 * block) == 0 and config.hidden_dim // (2 * block) >= world:
-        block *= 2
-    return block
+        return plain
+    group = max(groups)  # powers of two: each divides the largest
+    for block in KERNEL_BLOCKS:
+        is_fine = total % (block * world) == 0 or total >= FINE * block * world
+        if block >= group and total % block == 0 and is_fine:
+            return block
+    return max(group, plain)
 
 
 def length(span: Span) -> int:

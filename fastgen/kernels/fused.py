@@ -84,6 +84,8 @@ def partial_linear(x: Tensor, linear: nn.Module) -> Tensor:
     """See `reference.partial_linear`."""
     if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
         return _linear_add.partial_linear(x, linear.weight, linear.bias)
+    if isinstance(linear, PackedLinear) and _fits(x, x):
+        return _packed_linear(x, None, linear, wide=True)
     return reference.partial_linear(x, linear)
 
 

@@ -191,3 +191,17 @@ def test_weights_go_from_memory_to_the_tensor_cores_in_registers(
     if pdl:
         wait = ptx.index("griddepcontrol.wait")
         assert ptx.index(words) < wait < ptx.index("mma.sync"), "weights are copied before the wait"
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("form", "width"),
+    [("int8", 2752), ("int8", 2816), ("g32 zeros", 96), ("g64", 192), ("g64", 2752), ("g128 zeros", 2688)],
+)
+def test_a_part_of_a_sum_is_not_rounded(form: str, width: int) -> None:
+    for tokens in (1, 16):
+        x, _, _ = inputs(4096, width, tokens, torch.bfloat16)
+        packed = linear(4096, width, form, torch.bfloat16, bias=True)
+        actual = support.poisoned(fused.partial_linear, x, packed)
+        assert actual.dtype is torch.float32
+        assert support.distance(actual, reference.partial_linear(x.double(), in_fp64(packed))) < 1e-4
