@@ -4,9 +4,12 @@
 
 A CUDA graph holds a chain of sums, each of which needs the one before: what a decode step does between its blocks.
 Every sum is checked against fp64, all ranks must have the same bits, and a thousand replays must give what one gives.
+What a sum adds to a step is less than it takes alone, for the next kernel copies its weights meanwhile: a second chain
+has the MLP of a Llama-2 on so many ranks between sums, beside the same without them.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -18,11 +21,15 @@ from torch import Tensor
 
 from fastgen.device import describe
 from fastgen.kernels.exchange import Exchange, exchange
+from fastgen.kernels.linear_add import linear_add, partial_linear
+from fastgen.kernels.norm_swiglu import norm_swiglu
 from fastgen.report import versions
 from tp.dist import Ranks, join
 
 SIZES = [(1, 4096), (1, 8192), (4, 4096), (4, 8192), (16, 8192)]  # tokens, width
 CHAIN, REPLAYS = 64, 50
+MLPS = {"llama-2-7b": (4096, 11008), "llama-2-70b": (8192, 28672)}  # dim, hidden units
+COPIES = 8  # of the weights, so that none is found in the L2 cache
 
 
 def main() -> None:
@@ -50,8 +57,11 @@ def main() -> None:
         rows.append(row)
         if ranks.leads:
             print(row, flush=True)
+    mlps = [time_mlp(name, shared, ranks, place) for name in MLPS]
     if ranks.leads:
+        print(mlps, flush=True)
         document = {"world_size": ranks.world, "device": describe(place), "versions": versions(), "checked": True}
+        document["mlps"] = mlps
         with open(arguments.output, "w") as file:
             json.dump(document | {"rows": rows}, file, indent=1)
     ranks.wait()
@@ -62,6 +72,27 @@ def nccl_sum(x: Tensor, residual: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return residual + total
+
+
+def time_mlp(name: str, shared: Exchange, ranks: Ranks, device: torch.device) -> dict[str, object]:
+    """Return what an MLP of a model takes in bf16 with a sum over the ranks behind it, and without, in us."""
+    dim, hidden = MLPS[name][0], MLPS[name][1] // ranks.world
+    gate_ups = [torch.randn(2 * hidden, dim, device=device, dtype=torch.bfloat16) for _ in range(COPIES)]
+    downs = [torch.randn(dim, hidden, device=device, dtype=torch.bfloat16) for _ in range(COPIES)]
+    gain = torch.ones(dim, device=device, dtype=torch.bfloat16)
+    turn = itertools.cycle(range(COPIES))
+
+    def mlp(x: Tensor, *, summed: bool) -> Tensor:
+        number = next(turn)
+        h = norm_swiglu(x, gain, 1e-5, gate_ups[number], None)
+        if summed:
+            return shared.sum(partial_linear(h, downs[number], None), x)
+        return linear_add(h, downs[number], None, x)
+
+    x = torch.zeros(1, dim, device=device, dtype=torch.bfloat16)
+    times = {summed: microseconds(functools.partial(mlp, summed=summed), x) for summed in (True, False)}
+    megabytes = (gate_ups[0].nbytes + downs[0].nbytes) / 1e6
+    return {"model": name, "megabytes": megabytes, "with_sum_us": times[True], "without_us": times[False]}
 
 
 def check_sums(shared: Exchange, ranks: Ranks, device: torch.device) -> None:

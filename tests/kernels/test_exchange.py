@@ -1,6 +1,6 @@
 """The exchange between GPUs: what is sent arrives, calls do not mix, and it compiles without a GPU.
 
-On GPUs it is proved by `scripts/bench_tp`, which compares it with NCCL before it times anything.
+On GPUs it is proved by `scripts/bench_exchange.py`, which compares it with fp64 and NCCL before it times anything.
 """
 
 import pytest
