@@ -317,8 +317,8 @@ def test_ctrl_c_in_the_last_sample_leaves_a_finished_model(
     ("environment", "message"),
     [
         ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR expected, but not set\nStart with torchrun"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 of WORLD_SIZE 2: start with torchrun"),
-        ({"WORLD_SIZE": "two"}, "is no number"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2, WORLD_SIZE=2, LOCAL_RANK=0: expected what torchrun sets"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, .*expected what torchrun sets, numbers"),
     ],
 )
 def test_an_environment_that_torchrun_does_not_make_is_refused(

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastgen.errors import FastgenError, NetworkError, RankLostError, UsageError
-from tp.place import Place
+from tp.dist import choose_device
+from tp.place import Place, place_from_environment
 
 FAILURES = "fastgen/failures"  # the store's count of processes that have failed
 LINGER = 1.0  # seconds; torchrun ends all processes once it sees the first one gone
@@ -59,35 +59,22 @@ def joined_ranks(device: str | None) -> Iterator[tuple[Ranks, str | None]]:
         UsageError: the environment is not one that torchrun makes, or there are too few GPUs.
         NetworkError: the processes do not find each other.
     """
-    ranks = _read_place()
+    ranks = Ranks(**vars(place_from_environment()))
     if ranks.world == 1:
         yield ranks, device
         return
     store = _meet()
     try:
         with told_once(store):
-            use_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
-            if use_gpu:
-                device = _own_gpu(ranks)
+            device = choose_device(device, ranks)
             dist.init_process_group(
-                "nccl" if use_gpu else "gloo", store=dist.PrefixStore("group", store), rank=ranks.rank,
-                world_size=ranks.world,
+                "nccl" if device.startswith("cuda") else "gloo", store=dist.PrefixStore("group", store),
+                rank=ranks.rank, world_size=ranks.world,
             )  # fmt: skip
             yield ranks, device
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _read_place() -> Ranks:
-    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    try:
-        ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in names.items()))
-    except ValueError as error:
-        raise UsageError(f"the environment's RANK, WORLD_SIZE or LOCAL_RANK is no number: {error}") from error
-    if not 0 <= ranks.rank < ranks.world or ranks.local < 0:
-        raise UsageError(f"the environment says RANK {ranks.rank} of WORLD_SIZE {ranks.world}: start with torchrun")
-    return ranks
 
 
 def _meet() -> dist.Store:
@@ -99,17 +86,6 @@ def _meet() -> dist.Store:
     except dist.DistError as error:
         raise NetworkError(f"the processes of the run do not find each other: {error!s:.200}") from error
     return store
-
-
-def _own_gpu(ranks: Ranks) -> str:
-    count = torch.cuda.device_count()
-    if ranks.local >= count:
-        raise UsageError(
-            f"torchrun started process {ranks.local + 1} on a machine with {count} GPU(s)\n"
-            "Start one process a GPU, or train with --device cpu"
-        )
-    torch.cuda.set_device(ranks.local)
-    return f"cuda:{ranks.local}"
 
 
 @contextmanager
