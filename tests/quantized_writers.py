@@ -192,7 +192,7 @@ def write_compressed(
         if not symmetric:
             packed = packing == "pack-quantized" and not loose_zeros
             tensors[f"{name}.weight_zero_point"] = pack_to_int32(zero, matrix.bits, packed_dim=0) if packed else zero
-        if weights.get("actorder") == "group":
+        if weights.get("actorder") in ("group", True):
             tensors[f"{name}.weight_g_idx"] = matrix.groups.int()
     first = next(iter(matrices.values()))
     scheme = {

@@ -41,6 +41,30 @@ def compressed(**options: object) -> Write:
     return lambda folder, plain, matrices: write_compressed(folder, plain, matrices, **options)
 
 
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def changed(write: Callable[..., Path], options: Mapping[str, object] | None = None, /, **changes: object) -> Write:
+    """A folder some of whose tensors (`__` for a dot) are other ones; None takes one away."""
+
+    def build(folder: Path, plain: Tensors, matrices: Mapping[str, Matrix]) -> Path:
+        from safetensors.torch import load_file, save_file
+
+        write(folder, plain, matrices, **(options or {}))
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {f"{Q}.{leaf}": value for leaf, value in changes.items()}
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors"
+        )
+        return folder
+
+    return build
+
+
+def words(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
 SYM = {"symmetric": True}
 CASES: dict[str, tuple[Write, dict[str, object], str]] = {
     # how it is written, what the model is, and the form it has in memory; "" is dequantized
@@ -68,6 +92,10 @@ CASES: dict[str, tuple[Write, dict[str, object], str]] = {
     "compressed-zeros-unpacked": (compressed(loose_zeros=True), {}, "int4-g64-asym"),
     "compressed-weight-order": (compressed(actorder="weight"), {}, "int4-g64-asym"),
     "compressed-group-order": (compressed(actorder="group"), {"scattered": True}, ""),
+    "compressed-group-order-of-old": (compressed(actorder=True), {"scattered": True}, ""),
+    "compressed-group-order-unset": (
+        changed(write_compressed, {"actorder": "group"}, weight_g_idx=words(256) - 1), {}, "int4-g64-asym",
+    ),
     "compressed-int8": (compressed(symmetric=True, group=-1), SYM | {"bits": 8, "group": -1}, "int8"),
     "compressed-int8-asym": (compressed(group=-1), {"bits": 8, "group": -1}, ""),
     "compressed-int8-g32": (compressed(symmetric=True, group=32), SYM | {"bits": 8, "group": 32}, ""),
@@ -231,30 +259,6 @@ def test_dequantized_matrices_equal_what_our_own_linears_compute(tmp_path: Path)
     assert torch.equal(dequantize_weight(stored, form, torch.float32), expected)
 
 
-Q = "model.layers.0.self_attn.q_proj"
-
-
-def changed(write: Callable[..., Path], options: Mapping[str, object] | None = None, /, **changes: object) -> Write:
-    """A folder some of whose tensors (`__` for a dot) are other ones; None takes one away."""
-
-    def build(folder: Path, plain: Tensors, matrices: Mapping[str, Matrix]) -> Path:
-        from safetensors.torch import load_file, save_file
-
-        write(folder, plain, matrices, **(options or {}))
-        tensors = load_file(folder / "model.safetensors")
-        tensors |= {f"{Q}.{leaf}": value for leaf, value in changes.items()}
-        save_file(
-            {name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors"
-        )
-        return folder
-
-    return build
-
-
-def words(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.int32)
-
-
 BAD_QUANTIZED: dict[str, tuple[Write, tuple[str, ...]]] = {
     "gptq without bits": (gptq(bits=None), ("config.json", "quantization_config: bits")),
     "gptq of three bits": (gptq(bits=3), ("config.json", "bits is 3", "4 or 8")),
@@ -286,6 +290,12 @@ BAD_QUANTIZED: dict[str, tuple[Write, tuple[str, ...]]] = {
     "compressed in bits that are dynamic": (compressed(dynamic=True), ("config.json", "'dynamic': True")),
     "compressed without its index": (
         changed(write_compressed, {"actorder": "group"}, weight_g_idx=None), ("missing", f"{Q}.weight_g_idx"),
+    ),
+    "compressed with an index beyond its groups": (
+        changed(write_compressed, {"actorder": "group"}, weight_g_idx=words(256) + 4), (Q, "groups 4 to 4, of 4"),
+    ),
+    "compressed with groups of other sizes": (
+        changed(write_compressed, {"actorder": "group"}, weight_g_idx=words(256)), (Q, "groups of 0 to 256 columns"),
     ),
     "compressed of floats in an integer format": (
         changed(write_compressed, {"packing": "int-quantized", "num_bits": 8}, weight=torch.zeros(256, 256)),

@@ -34,10 +34,14 @@ from quantize.format import WeightFormat
 PACKED = "pack-quantized"
 INTEGERS = "int-quantized"
 MIXED = "mixed-precision"  # every group names its own
-SCATTERED = ("group", "dynamic")
+SCATTERED = ("group", "dynamic", True)
 ORDERS = (None, False, "weight", "static", *SCATTERED)
 """Of activations, in which GPTQ chose the integers; the scattered ones leave groups of columns that do not follow each
 other, as `weight_g_idx` says."""
+
+UNSET = -1
+"""What `weight_g_idx` is made of at first; where one is left, the columns are in order (lifecycle/forward_helpers.py
+in version 0.17)."""
 
 LINEAR = "Linear"
 MAX_PATTERN, MAX_REPEATS = 200, 4
@@ -188,7 +192,7 @@ def _stored(linear: str, form: _Form, rows: int, columns: int, tensors: Mapping[
     if form.scattered:
         leaves["weight_g_idx"] = ((columns,), (torch.int32,))
         index = tensors.get(f"{linear}.weight_g_idx")
-        group_of = columns_out_of_order(index, columns, size, linear) if index is not None else None
+        group_of = _scattered(index, columns, size, linear) if index is not None else None
     return StoredLinear(
         leaves=leaves,
         format=fitting_format(
@@ -197,6 +201,17 @@ def _stored(linear: str, form: _Form, rows: int, columns: int, tensors: Mapping[
         kind=form.kind + (" in act-order" if group_of is not None else ""),
         view=partial(_view, form=form, columns=columns, group_size=size, group_of=group_of),
     )
+
+
+def _scattered(index: LazyTensor, columns: int, group_size: int, linear: str) -> torch.Tensor | None:
+    """Return the group of every column, None where they stand in order; all groups are of one size."""
+    group_of = columns_out_of_order(index, columns, group_size, linear, unset=UNSET)
+    if group_of is not None:
+        counts = torch.bincount(group_of, minlength=-(-columns // group_size))[: columns // group_size]
+        if (counts != group_size).any():
+            found = f"{counts.min()} to {counts.max()}"
+            raise ModelFileError(f"{linear}: weight_g_idx has groups of {found} columns, expected {group_size}")
+    return group_of
 
 
 def _view(

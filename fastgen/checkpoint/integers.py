@@ -83,8 +83,10 @@ def dequantized(matrix: IntegerMatrix) -> LazyTensor:
     return Computed(matrix.q.shape, torch.float32, lambda bounds: _dequantize(matrix, bounds))
 
 
-def columns_out_of_order(index: LazyTensor, columns: int, group_size: int, name: str) -> Tensor | None:
-    """Return the group of every column by a file's index, None where they stand in order.
+def columns_out_of_order(
+    index: LazyTensor, columns: int, group_size: int, name: str, *, unset: int | None = None
+) -> Tensor | None:
+    """Return the group of every column by a file's index, None where they stand in order, or one is `unset`.
 
     An index that is not int32 [columns] counts as in order: whoever checks shapes tells. Raises `ModelFileError` for
     groups that there are not; `name` is the linear's.
@@ -92,6 +94,8 @@ def columns_out_of_order(index: LazyTensor, columns: int, group_size: int, name:
     if index.shape != (columns,) or index.dtype != torch.int32:
         return None
     group_of = index[:].long()
+    if unset is not None and unset in group_of:
+        return None
     groups = -(-columns // group_size)
     if int(group_of.min()) < 0 or int(group_of.max()) >= groups:
         raise ModelFileError(f"{name}: its columns are of groups {group_of.min()} to {group_of.max()}, of {groups}")
