@@ -17,6 +17,9 @@ from fastgen.errors import ModelFileError, UsageError
 from tp.watch import process_watch
 
 if TYPE_CHECKING:
+    import torch
+
+    from fastgen.checkpoint.lazy import Checkpoint
     from fastgen.tokenizer.base import Tokenizer
     from quantize.folder import Job, LinearReport
 
@@ -127,10 +130,18 @@ def _plan(config: QuantizeConfig, phases: cli.Phases) -> tuple["Job", "Tokenizer
     job = Job(
         checkpoint=checkpoint,
         formats=scheme.formats(checkpoint.config),
-        dtype=DTYPES[config.dtype] if config.dtype else checkpoint.dtype,
+        dtype=DTYPES[config.dtype] if config.dtype else _plain_dtype(checkpoint),
         device=choose_placement(config.device).device,
     )
     return job, *tokenizer_files(config, checkpoint)
+
+
+def _plain_dtype(checkpoint: "Checkpoint") -> "torch.dtype":
+    """Return what the tensors that stay plain are written in: the source's own dtype; where that was dequantized, what
+    the scales of its linears have, not the float32 that it was computed in."""
+    from quantize.linear import scale_dtype
+
+    return scale_dtype(checkpoint.dtype) if checkpoint.dequantized else checkpoint.dtype
 
 
 def _measured_tokens(config: QuantizeConfig, text: str, job: "Job", tokenizer: "Tokenizer") -> list[int]:

@@ -10,16 +10,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
 from fastgen import convert, evaluate
+from fastgen.checkpoint.detect import open_checkpoint
 from fastgen.completion import GenerationOptions
 from fastgen.engine import Engine
 from fastgen.errors import CapacityError, FastgenError, ModelFileError, UsageError
 from fastgen.load import LoadedModel, load_model, resolve
 from fastgen.manifest import NAME, verify_manifest
 from quantize.run import main
+from tests.checkpoint_writers import TIED, make_model, write_gguf
+from tests.vocabularies import sentencepiece_as_gguf, small_sentencepiece
 
 SCHEMES = {
     "int8": {"quant": "int8"},
@@ -104,6 +109,25 @@ def test_measuring_compares_with_the_original(tmp_path: Path) -> None:
     assert measured["perplexity"] == pytest.approx(measured["original_perplexity"], rel=0.02)
     assert measured["top1_agreement"] > 0.95
     assert evaluate.main(["--model", str(out), "--against", "stories", "--text", str(text)]) == 0
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("Q8_0", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float32)])
+def test_what_stays_plain_has_the_sources_bits_or_the_scales_dtype(
+    tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    words = sentencepiece_as_gguf(sentencepiece.SentencePieceProcessor(model_proto=small_sentencepiece()))
+    config = TIED | {"vocab_size": len(words["tokenizer.ggml.tokens"])}
+    source = write_gguf(
+        tmp_path / "model.gguf", config, make_model(config), kind=GGMLQuantizationType[kind],
+        metadata=words | {"llama.vocab_size": None},
+    )  # fmt: skip
+    target = tmp_path / "out"
+    assert main(["--model", str(source), "--out", str(target), "--quant", "int8", "--device", "cpu"]) == 0
+    written, read = open_checkpoint(target), open_checkpoint(source)
+    assert json.loads((target / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+    for name in ("embedding.weight", "norm.weight", "lm_head.weight_scale"):
+        assert written.tensors[name].dtype == dtype, name
+    assert torch.equal(written.tensors["embedding.weight"][:], read.tensors["embedding.weight"][:].to(dtype))
 
 
 def flip_a_bit(path: Path, bit: int) -> None:

@@ -66,6 +66,7 @@ def open_gguf(path: Path) -> Checkpoint:
         config = config_from_gguf(header.metadata, tensors)
     scheme = GGUF_LLAMA if header.metadata["general.architecture"] == "llama" else GGUF_NEOX
     tensors.pop(ROPE_FREQS, None)  # already in the config
+    dequantized = any(isinstance(tensor, QuantizedTensor) for tensor in tensors.values())
     assembled = assemble(config, tensors, scheme, path)
     return Checkpoint(
         path=path,
@@ -74,6 +75,7 @@ def open_gguf(path: Path) -> Checkpoint:
         dtype=main_dtype(assembled.values()),
         tensors=assembled,
         open_tokenizer=lambda: tokenizer_from_gguf(header.metadata, path),
+        dequantized=dequantized,
     )
 
 

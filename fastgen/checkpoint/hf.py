@@ -56,6 +56,7 @@ def open_hf(folder: Path, weights: Path | None = None) -> Checkpoint:
         tensors=tensors,
         open_tokenizer=lambda: open_tokenizer(folder),
         formats=formats,
+        dequantized=bool(notes or lost),
         notes=(*notes, *lost),
     )
 

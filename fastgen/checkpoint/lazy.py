@@ -133,8 +133,9 @@ class Checkpoint:
     path: Path
     format: str
     config: ModelConfig
-    dtype: torch.dtype  # that most of the weights are stored in (a dequantized file counts as float32)
+    dtype: torch.dtype  # that most of the weights are read in (dequantized ones count as float32)
     tensors: Mapping[str, LazyTensor]
     open_tokenizer: Callable[[], Tokenizer]
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)  # of the linears that it holds quantized
+    dequantized: bool = False  # whether weights are, while they are read: no dtype is that of what is stored
     notes: tuple[str, ...] = ()  # what its user should know, a line each
