@@ -5,12 +5,12 @@ from pathlib import Path
 
 from fastgen import flags
 from fastgen.checkpoint.lazy import Checkpoint
-from fastgen.checkpoint.meta import tokenizer_place
+from fastgen.checkpoint.own_tokenizer import own_tokenizer_files
 from fastgen.errors import CapacityError
 from fastgen.load import resolve_tokenizer
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.open import check_vocabulary, open_tokenizer
-from fastgen.tokenizer.save import tokenizer_as_files, tokenizer_beside
+from fastgen.tokenizer.save import tokenizer_beside
 
 MARGIN = 64 << 20  # for config, tokenizer and the file system's own needs
 
@@ -23,12 +23,7 @@ def tokenizer_files(config: flags.SourceFlags, checkpoint: Checkpoint) -> tuple[
     named = resolve_tokenizer(config.tokenizer, config.offline) if config.tokenizer else None
     tokenizer = open_tokenizer(named) if named else checkpoint.open_tokenizer()
     check_vocabulary(tokenizer, checkpoint.config.vocab_size, named or checkpoint.path)
-    if named is None and checkpoint.format == "gguf":
-        return tokenizer, tokenizer_as_files(tokenizer)
-    if named is None and checkpoint.format == "meta":
-        named = tokenizer_place(checkpoint.path)
-    beside = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    return tokenizer, tokenizer_beside(named or beside)
+    return tokenizer, tokenizer_beside(named) if named else own_tokenizer_files(checkpoint, tokenizer)
 
 
 def require_space(target: Path, needed: int) -> None:

@@ -62,6 +62,17 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 }  # fmt: skip
 
 
+def test_only_the_tokenizer_that_was_read_is_written(tmp_path: Path, shared_data: Path) -> None:
+    """llama2.c's models never take a tokenizer.json, which others would prefer."""
+    shutil.copy(shared_data / "models" / "stories260K.bin", tmp_path)
+    shutil.copy(shared_data / "tokenizers" / "tok512.model", tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(small_byte_level())))
+    (tmp_path / "tokenizer.bin").write_bytes((shared_data / "tokenizers" / "tok512.bin").read_bytes())
+    target = convert(tmp_path / "stories260K.bin", tmp_path / "out")
+    expected = open_tokenizer(shared_data / "tokenizers" / "tok512.model")
+    assert load_model(target, device="cpu").tokenizer.encode("Once upon a time") == expected.encode("Once upon a time")
+
+
 def convert(source: Path, target: Path, *arguments: str) -> Path:
     assert main(["--model", str(source), "--to", "hf", "--out", str(target), *arguments]) == 0
     return target

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 from fastgen.errors import CapacityError, FastgenError, ModelFileError, RankLostError, UsageError
@@ -67,12 +68,16 @@ def test_the_output_has_the_tokenizer_that_a_flag_names(tmp_path: Path, form: st
     assert model.config.eos_token_ids == (2,)
 
 
-def test_the_output_has_the_tokenizer_of_a_gguf_that_it_was_trained_on_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_the_output_has_the_tokenizer_of_a_gguf_that_it_was_trained_on_from(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("gguf")
     from tests.checkpoint_writers import LLAMA, make_model, write_gguf
-    from tests.vocabularies import byte_level_as_gguf, small_byte_level
+    from tests.vocabularies import byte_level_as_gguf, sentencepiece_as_gguf, small_byte_level, small_sentencepiece
 
     words = byte_level_as_gguf(small_byte_level(), "gpt-2")
+    if kind == "sentencepiece":
+        words = sentencepiece_as_gguf(sentencepiece.SentencePieceProcessor(model_proto=small_sentencepiece()))
+        words |= {"llama.vocab_size": None}
     config = LLAMA | {"vocab_size": len(words["tokenizer.ggml.tokens"])}  # type: ignore[arg-type]
     source = write_gguf(tmp_path / "model.gguf", config, make_model(config), metadata=words)
     plain = without(without(flags(tmp_path), "--train-tokenizer"), "--shape")

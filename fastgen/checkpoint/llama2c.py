@@ -16,7 +16,6 @@ from fastgen.checkpoint.names import META, Shape, assemble
 from fastgen.config import ModelConfig
 from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile, naming
-from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.open import MissingTokenizerError, open_tokenizer
 
 HEADER = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len
@@ -57,7 +56,7 @@ def open_llama2c(path: Path) -> Checkpoint:
         config=config,
         dtype=torch.float32,
         tensors=assemble(config, tensors, META, path),
-        open_tokenizer=lambda: _open_tokenizer(path),
+        open_tokenizer=lambda: open_tokenizer(tokenizer_place(path)),
     )
 
 
@@ -107,10 +106,11 @@ def _layout(config: ModelConfig) -> Iterator[tuple[list[str], Shape]]:
         yield ["output.weight"], (config.vocab_size, dim)
 
 
-def _open_tokenizer(path: Path) -> Tokenizer:
+def tokenizer_place(path: Path) -> Path:
+    """Return the tokenizer's file beside the model; raises `MissingTokenizerError` where there is none."""
     for name in TOKENIZERS:
         if (path.parent / name).exists():
-            return open_tokenizer(path.parent / name)
+            return path.parent / name
     raise MissingTokenizerError(
         f"{path}: a llama2.c model carries no tokenizer, and there is no {' or '.join(TOKENIZERS)} beside it; "
         "pass one with --tokenizer"

@@ -10,6 +10,7 @@ from fastgen.checkpoint.detect import open_checkpoint
 from fastgen.checkpoint.hf_config import read_hf_config
 from fastgen.checkpoint.hf_save import hf_config
 from fastgen.checkpoint.lazy import Checkpoint
+from fastgen.checkpoint.own_tokenizer import own_tokenizer_files
 from fastgen.config import ModelConfig
 from fastgen.device import Placement
 from fastgen.errors import ModelFileError, UsageError
@@ -18,7 +19,7 @@ from fastgen.load import build, resolve
 from fastgen.model import Transformer
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.open import MissingTokenizerError, check_vocabulary, open_tokenizer
-from fastgen.tokenizer.save import tokenizer_as_files, tokenizer_beside
+from fastgen.tokenizer.save import tokenizer_beside
 from fastgen.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from fastgen.tokenizer.settings import Settings
 from fastgen.training.tokens import TokenData, check_tokens, encode_documents, read_documents, read_token_file, split
@@ -66,7 +67,8 @@ def open_vocabulary(
         if model.tokenizer is None:
             continue
         if found.tokenizer is None:
-            found, name = Vocabulary(model.tokenizer, _files_of(model)), model.flag
+            found = Vocabulary(model.tokenizer, own_tokenizer_files(model.checkpoint, model.tokenizer))
+            name = model.flag
         elif difference := first_difference(found.tokenizer, model.tokenizer):
             raise UsageError(f"{name} and {model.flag} have different tokenizers: {difference}")
     if documents and found.tokenizer is None:
@@ -161,12 +163,3 @@ def _load(flag: str, source: str, placement: Placement) -> GivenModel:
     )  # fmt: skip
     transformer.stages = CausalStages(checkpoint.config.n_kv_heads)
     return GivenModel(flag, transformer, checkpoint, tokenizer)
-
-
-def _files_of(model: GivenModel) -> dict[str, bytes]:
-    """Return the files of the model's own tokenizer; raises `UsageError` for one that cannot be written."""
-    assert model.tokenizer is not None, "only asked where there is one"
-    path = model.checkpoint.path
-    if model.checkpoint.format == "gguf":
-        return tokenizer_as_files(model.tokenizer)
-    return tokenizer_beside(path if path.is_dir() else path.parent)
