@@ -10,7 +10,7 @@ PACKAGES = ("fastgen", "quantize", "tp")
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        r"fastgen\.(compile_cache|config|options|shapes|errors|files|json_file|manifest|staged|device|noise|sampling|acceptance)",
+        r"fastgen\.(compile_cache|config|options|shapes|errors|files|gguf_fields|json_file|manifest|staged|device|noise|sampling|acceptance)",
         r"fastgen\.tokenizer\.\w+",
         r"fastgen\.kernels\.(reference|rope)",
     ),

@@ -162,18 +162,21 @@ def test_damaged_settings_are_named(tmp_path: Path, file: str, content: str, mes
     [
         ("llama", "model", "wordpiece", "expected llama or gpt2"),
         ("llama", "model", None, "expected a string"),
-        ("llama", "tokens", [], "a list of str"),
-        ("llama", "tokens", 7, "a list of str"),
+        ("llama", "tokens", [], "a list of strings"),
+        ("llama", "tokens", 7, "a list of strings"),
         ("llama", "tokens", ["a"], "one for each of 1 tokens"),
-        ("llama", "scores", None, "a list of float"),
+        ("llama", "scores", None, "a list of numbers"),
         ("llama", "scores", [0.0], "1 values"),
         ("llama", "scores", [float("nan")] * 420, "not numbers"),
         ("llama", "token_type", [0] * 420, "values from 1 to 6"),
         ("llama", "token_type", [1] * 420, "0 byte tokens"),
         ("llama", "bos_token_id", 420, "an id below 420"),
+        ("llama", "bos_token_id", True, "an integer"),
+        ("llama", "bos_token_id", -1, "an id below 420"),
+        ("llama", "token_type", [True] * 420, "a list of integers"),
         ("llama", "add_bos_token", 1, "true or false"),
         ("gpt2", "pre", "klingon", "'klingon', expected one of default, gpt-2"),
-        ("gpt2", "merges", None, "a list of str"),
+        ("gpt2", "merges", None, "a list of strings"),
         ("gpt2", "merges", ["x"], "not in the vocabulary"),
         ("gpt2", "merges", ["no where"], "not in the vocabulary"),
     ],
@@ -190,5 +193,5 @@ def test_gguf_tokens_that_occur_twice_are_named() -> None:
         tokens = metadata["tokenizer.ggml.tokens"]
         assert isinstance(tokens, list)
         tokens[300] = tokens[301]
-        with pytest.raises(ModelFileError, match=r"some.gguf: token.*(stands at ids 300 and 301|no two alike)"):
+        with pytest.raises(ModelFileError, match=r"some.gguf: .*token.*(stands at ids 300 and 301|no two alike)"):
             tokenizer_from_gguf(metadata, Path("some.gguf"))

@@ -8,13 +8,13 @@ refused by name.
 
 import math
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 
 from fastgen.checkpoint.lazy import LazyTensor
 from fastgen.config import ModelConfig, RopeScaling
 from fastgen.errors import ModelFileError
+from fastgen.gguf_fields import GgufFields, Value
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -41,8 +41,6 @@ MULTIPLIERS = ("rope.scale_linear", "rope.scaling.attn_factor", "rope.scaling.ya
 ROPE_FREQS = "rope_freqs.weight"
 LLAMA3_CONTEXT = 8192  # the original context of Llama 3.1 to 3.3, which `rope_freqs` are made from
 
-Value = TypeVar("Value", int, float, str)
-
 
 def config_from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, LazyTensor]) -> ModelConfig:
     """Return the config of a GGUF model, from its metadata and its tensors.
@@ -50,27 +48,27 @@ def config_from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, LazyT
     Raises `ModelFileError` for what is missing, contradictory or not supported, by the field's name.
     """
     fields = _Fields(metadata)
-    sizes = {name: fields.required(key, int) for name, key in SIZES.items()}
+    sizes = {name: fields.own(key, int) for name, key in SIZES.items()}
     layers, heads, context = sizes["n_layers"], sizes["n_heads"], sizes["max_seq_len"]
     if not 1 <= layers <= len(tensors) or heads < 1:
         raise ModelFileError(f"{layers} layers of {heads} heads in a file of {len(tensors)} tensors")
-    head_dim = fields.get("attention.key_length", int, sizes["dim"] // heads)
+    head_dim = fields.own("attention.key_length", int, sizes["dim"] // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
-        if (size := fields.get(name, int, head_dim)) != head_dim:
+        if (size := fields.own(name, int, head_dim)) != head_dim:
             raise ModelFileError(
                 f"metadata field {name!r} is {size}; other than the head size {head_dim} is unsupported"
             )
-    theta = fields.get("rope.freq_base", float, 10000.0)
-    window = fields.get("attention.sliding_window", int, 0)
+    vocab_size, theta = _vocab_size(fields), fields.own("rope.freq_base", float, 10000.0)
+    window = fields.own("attention.sliding_window", int, 0)
     scaling, llama3_scaling = _rope_scaling(fields, context), _llama3_scaling(tensors, head_dim, theta)
     if scaling and llama3_scaling:
         raise ModelFileError(f"'rope.scaling.type' and tensor {ROPE_FREQS!r} ask for two scalings at once")
     config = ModelConfig(
         **sizes,
-        n_kv_heads=fields.get("attention.head_count_kv", int, heads),
+        n_kv_heads=fields.own("attention.head_count_kv", int, heads),
         head_dim=head_dim,
-        vocab_size=_vocab_size(fields),
-        norm_eps=fields.required("attention.layer_norm_rms_epsilon", float),
+        vocab_size=vocab_size,
+        norm_eps=fields.own("attention.layer_norm_rms_epsilon", float),
         rope_theta=theta,
         rope_scaling=scaling or llama3_scaling,
         tie_embeddings="output.weight" not in tensors,
@@ -79,44 +77,33 @@ def config_from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, LazyT
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         qk_norm=fields.architecture == "qwen3",
         windows=(window,) * layers if 0 < window < context else (),
-        bos_token_id=fields.token("bos"),
-        eos_token_ids=tuple(token for name in ("eos", "eot") if (token := fields.token(name)) is not None),
+        bos_token_id=fields.token("bos", vocab_size),
+        eos_token_ids=tuple(token for role in ("eos", "eot") if (token := fields.token(role, vocab_size)) is not None),
     )
     fields.refuse_unknown()
     return config
 
 
-class _Fields:
-    """Typed access to the metadata of a model's architecture; notes what was asked for."""
+class _Fields(GgufFields):
+    """The metadata of a model's architecture, by their names in it; notes what was asked for."""
 
     def __init__(self, metadata: Mapping[str, object]) -> None:
-        self.metadata = metadata
-        self.architecture = self._typed("general.architecture", str, "")
+        super().__init__(metadata)
         self._known = set(NEUTRAL)
-        kind = self._typed("general.type", str, "model")
+        self.architecture, kind = self.get("general.architecture", str, ""), self.get("general.type", str, "model")
         if self.architecture not in ARCHITECTURES or kind != "model":
             raise ModelFileError(
-                f"a GGUF {kind} of architecture {self.architecture!r} is not supported; "
+                f"a GGUF {kind:.60} of architecture {self.architecture[:60]!r} is not supported; "
                 f"models of {', '.join(ARCHITECTURES)} are"
             )
-        if self._typed("split.count", int, 1) > 1:
+        if self.get("split.count", int, 1) > 1:
             raise ModelFileError("is one of several parts; join them with llama.cpp's `llama-gguf-split --merge`")
 
-    def get(self, name: str, kind: type[Value], default: Value) -> Value:
-        """Return field `name` of the architecture, or `default` where there is none."""
+    def own(self, name: str, kind: type[Value], default: Value | None = None) -> Value:
+        """Return field `name` of the architecture, or `default` where there is none; without one it is required."""
         self._known.add(name)
-        return self._typed(f"{self.architecture}.{name}", kind, default)
-
-    def required(self, name: str, kind: type[Value]) -> Value:
-        """Return field `name` of the architecture."""
-        if f"{self.architecture}.{name}" not in self.metadata:
-            raise ModelFileError(f"metadata field '{self.architecture}.{name}' is missing")
-        return self.get(name, kind, kind())
-
-    def token(self, name: str) -> int | None:
-        """Return the id of a special token, if the vocabulary has it."""
-        token = self._typed(f"tokenizer.ggml.{name}_token_id", int, -1)
-        return token if token >= 0 else None
+        key = f"{self.architecture}.{name}"
+        return self.required(key, kind) if default is None else self.get(key, kind, default)
 
     def refuse_unknown(self) -> None:
         """Raise for a field of the architecture that nobody asked for, unless it switches something off."""
@@ -125,34 +112,27 @@ class _Fields:
             if key.startswith(prefix) and key.removeprefix(prefix) not in self._known and value:
                 raise ModelFileError(f"metadata field {key!r} ({value!s:.40}) is not supported")
 
-    def _typed(self, key: str, kind: type[Value], default: Value) -> Value:
-        value = self.metadata.get(key, default)
-        endless = isinstance(value, float) and not math.isfinite(value)
-        if not isinstance(value, kind) or isinstance(value, bool) or endless:
-            raise ModelFileError(f"metadata field {key!r} is {value!s:.40}, expected one {kind.__name__}")
-        return value
-
 
 def _vocab_size(fields: _Fields) -> int:
     tokens = fields.metadata.get("tokenizer.ggml.tokens")
-    return len(tokens) if isinstance(tokens, list) else fields.required("vocab_size", int)
+    return len(tokens) if isinstance(tokens, list) else fields.own("vocab_size", int)
 
 
 def _rope_scaling(fields: _Fields, context: int) -> RopeScaling | None:
     for name in MULTIPLIERS:
-        if (factor := fields.get(name, float, 1.0)) != 1:
+        if (factor := fields.own(name, float, 1.0)) != 1:
             raise ModelFileError(f"metadata field {name!r} is {factor}; other than 1 is not supported")
-    kind = fields.get("rope.scaling.type", str, "none")
+    kind = fields.own("rope.scaling.type", str, "none")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
         raise ModelFileError(f"metadata field 'rope.scaling.type' is {kind!r}; only linear and yarn are supported")
     return RopeScaling(
         kind=kind,
-        factor=fields.required("rope.scaling.factor", float),
-        original_max_seq_len=fields.get("rope.scaling.original_context_length", int, context),
-        beta_fast=fields.get("rope.scaling.yarn_beta_fast", float, 32.0),
-        beta_slow=fields.get("rope.scaling.yarn_beta_slow", float, 1.0),
+        factor=fields.own("rope.scaling.factor", float),
+        original_max_seq_len=fields.own("rope.scaling.original_context_length", int, context),
+        beta_fast=fields.own("rope.scaling.yarn_beta_fast", float, 32.0),
+        beta_slow=fields.own("rope.scaling.yarn_beta_slow", float, 1.0),
     )
 
 

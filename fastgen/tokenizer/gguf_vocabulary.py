@@ -9,16 +9,14 @@ is not in the table below is refused, since a wrong split gives wrong ids withou
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from fastgen.errors import ModelFileError
+from fastgen.files import naming
+from fastgen.gguf_fields import GgufFields
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.hf_json import HuggingFaceTokenizer
 from fastgen.tokenizer.score_bpe import Kind, ScoreBpeTokenizer
 from fastgen.tokenizer.settings import Settings
 from fastgen.tokenizer.tiktoken_ranks import SPLIT as LLAMA3
-
-T = TypeVar("T")
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace("{1,3}", "")
@@ -67,107 +65,73 @@ def tokenizer_from_gguf(metadata: Mapping[str, object], path: Path) -> Tokenizer
     Raises `ModelFileError` naming `path` and the key for metadata that are missing, of the wrong type, contradict each
     other, or name an unknown model or split.
     """
-    fields = _Fields(metadata, path)
-    model = fields.text("tokenizer.ggml.model")
-    tokens = fields.sequence("tokenizer.ggml.tokens", str)
-    kinds = _kinds(fields, len(tokens))
-    if model == "llama":
-        return _score_bpe(fields, tokens, kinds)
-    if model == "gpt2":
-        return _byte_level_bpe(fields, tokens, kinds)
-    raise fields.error("tokenizer.ggml.model", model, "llama or gpt2")
+    fields = GgufFields(metadata)
+    with naming(path):
+        model = fields.required("tokenizer.ggml.model", str)
+        tokens = fields.sequence("tokenizer.ggml.tokens", str)
+        kinds = _kinds(fields, len(tokens))
+        if model == "llama":
+            return _score_bpe(fields, tokens, kinds, path)
+        if model == "gpt2":
+            return _byte_level_bpe(fields, tokens, kinds, path)
+        raise fields.error("tokenizer.ggml.model", "llama or gpt2")
 
 
-class _Fields:
-    """Metadata of a file, checked as they are read."""
-
-    def __init__(self, metadata: Mapping[str, object], path: Path) -> None:
-        self.metadata, self.path = metadata, path
-
-    def error(self, key: str, value: object, expected: str) -> ModelFileError:
-        return ModelFileError(f"{self.path}: {key} is {str(value)[:60]!r}, expected {expected}")
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.metadata.get(key, default)
-        if not isinstance(value, str):
-            raise self.error(key, value, "a string")
-        return value
-
-    def flag(self, key: str) -> bool | None:
-        value = self.metadata.get(key)
-        if not isinstance(value, bool | None):
-            raise self.error(key, value, "true or false")
-        return value
-
-    def sequence(self, key: str, kind: type[T]) -> list[T]:
-        value = self.metadata.get(key)
-        if not isinstance(value, list) or not value or not all(isinstance(item, kind) for item in value):
-            raise self.error(key, value, f"a list of {kind.__name__}")
-        return value
-
-    def token(self, key: str, vocab_size: int) -> int | None:
-        value = self.metadata.get(key)
-        if value is not None and not (isinstance(value, int) and 0 <= value < vocab_size):
-            raise self.error(key, value, f"an id below {vocab_size}")
-        return value
-
-
-def _kinds(fields: _Fields, vocab_size: int) -> list[Kind]:
+def _kinds(fields: GgufFields, vocab_size: int) -> list[Kind]:
     key = "tokenizer.ggml.token_type"
     if key not in fields.metadata:
         kinds = [Kind.NORMAL] * vocab_size
     else:
         values = fields.sequence(key, int)
         if len(values) != vocab_size:
-            raise fields.error(key, f"{len(values)} values", f"one for each of {vocab_size} tokens")
+            raise fields.error(key, f"one for each of {vocab_size} tokens", f"{len(values)} values")
         if unknown := set(values) - set(Kind):
-            raise fields.error(key, sorted(unknown), "values from 1 to 6")
+            raise fields.error(key, "values from 1 to 6", sorted(unknown))
         kinds = [Kind(value) for value in values]
     for role in ("bos", "eos"):  # some files leave even these two normal
-        token = fields.token(f"tokenizer.ggml.{role}_token_id", vocab_size)
+        token = fields.token(role, vocab_size)
         if token is not None and kinds[token] is not Kind.UNKNOWN:
             kinds[token] = Kind.CONTROL
     return kinds
 
 
-def _settings(fields: _Fields, tokens: list[str], *, add_bos: bool) -> Settings:
+def _settings(fields: GgufFields, tokens: list[str], path: Path, *, add_bos: bool) -> Settings:
     ids: dict[str, int] = {}
     for role in ("bos", "eos", "eot", "eom"):
-        token = fields.token(f"tokenizer.ggml.{role}_token_id", len(tokens))
+        token = fields.token(role, len(tokens))
         if token is not None:
             ids[role] = token
-    flag = fields.flag("tokenizer.ggml.add_bos_token")
     return Settings(
-        source=str(fields.path),
+        source=str(path),
         tokens={f"{role}_token": tokens[ids[role]] for role in ("bos", "eos") if role in ids},
-        add_bos=add_bos if flag is None else flag,
+        add_bos=fields.get("tokenizer.ggml.add_bos_token", bool, add_bos),
         eos_ids=tuple(token for role, token in ids.items() if role != "bos"),
-        chat_template=fields.text("tokenizer.chat_template", "") or None,
+        chat_template=fields.get("tokenizer.chat_template", str, "") or None,
     )
 
 
-def _score_bpe(fields: _Fields, tokens: list[str], kinds: list[Kind]) -> ScoreBpeTokenizer:
+def _score_bpe(fields: GgufFields, tokens: list[str], kinds: list[Kind], path: Path) -> ScoreBpeTokenizer:
     scores = fields.sequence("tokenizer.ggml.scores", float)
     if len(scores) != len(tokens):
-        raise fields.error("tokenizer.ggml.scores", f"{len(scores)} values", f"one for each of {len(tokens)} tokens")
+        raise fields.error("tokenizer.ggml.scores", f"one for each of {len(tokens)} tokens", f"{len(scores)} values")
     return ScoreBpeTokenizer(
         pieces=[token.replace("▁", " ") for token in tokens],
         scores=scores,
         kinds=kinds,
-        adds_space=fields.flag("tokenizer.ggml.add_space_prefix") is not False,
-        source=str(fields.path),
-        settings=_settings(fields, tokens, add_bos=True),
+        adds_space=fields.get("tokenizer.ggml.add_space_prefix", bool, True),
+        source=str(path),
+        settings=_settings(fields, tokens, path, add_bos=True),
     )
 
 
-def _byte_level_bpe(fields: _Fields, tokens: list[str], kinds: list[Kind]) -> HuggingFaceTokenizer:
-    pre = fields.text("tokenizer.ggml.pre", "default")
+def _byte_level_bpe(fields: GgufFields, tokens: list[str], kinds: list[Kind], path: Path) -> HuggingFaceTokenizer:
+    pre = fields.get("tokenizer.ggml.pre", str, "default")
     if pre not in SPLITS:
-        raise fields.error("tokenizer.ggml.pre", pre, f"one of {', '.join(SPLITS)}")
+        raise fields.error("tokenizer.ggml.pre", f"one of {', '.join(SPLITS)}")
     split = SPLITS[pre]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
-        raise fields.error("tokenizer.ggml.tokens", f"{len(tokens)} tokens", f"no two alike, not {len(vocabulary)}")
+        raise fields.error("tokenizer.ggml.tokens", "no two alike", f"{len(vocabulary)} in {len(tokens)} places")
     pairs = []
     for merge in fields.sequence("tokenizer.ggml.merges", str):
         cut = merge.find(" ", 1)  # a token can begin with a space only in files that do not spell bytes
@@ -189,8 +153,8 @@ def _byte_level_bpe(fields: _Fields, tokens: list[str], kinds: list[Kind]) -> Hu
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": pairs, "ignore_merges": split.whole_words},
     }
-    settings = _settings(fields, tokens, add_bos=split.add_bos)
-    return HuggingFaceTokenizer(content, fields.path, settings)
+    settings = _settings(fields, tokens, path, add_bos=split.add_bos)
+    return HuggingFaceTokenizer(content, path, settings)
 
 
 def _added_token(index: int, content: str, *, special: bool) -> dict[str, object]:
