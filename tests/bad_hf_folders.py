@@ -121,6 +121,22 @@ def misnamed_record(root: Path) -> Path:
     return folder
 
 
+def torch_directory(at: int, value: bytes) -> Build:
+    """An archive whose directory, at the end, has other bytes in the fields of one record, `at` places behind its
+    start (PKWARE's APPNOTE.TXT, 4.3.12)."""
+
+    def build(root: Path) -> Path:
+        folder = write_torch(root / "model", LLAMA, MODEL)
+        path = folder / "pytorch_model.bin"
+        data = bytearray(path.read_bytes())
+        start = data.rindex(b"data/1PK") - len("pytorch_model/") - 46 + at
+        data[start : start + len(value)] = value
+        path.write_bytes(data)
+        return folder
+
+    return build
+
+
 def legacy_pickle(root: Path) -> Path:
     folder = write_torch(root / "model", LLAMA, {})
     torch.save(MODEL, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
@@ -277,6 +293,8 @@ HF_CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
         ("pytorch_model.bin", "model.embed_tokens.weight"),
     ),
     "torch file with a record of another's name": (misnamed_record, ("pytorch_model.bin", "data/2", "damaged")),
+    "torch file with a record of two sizes": (torch_directory(20, b"\xff" * 4), ("data/1", "of two sizes")),
+    "torch file with a record that is a folder": (torch_directory(38, b"\x10"), ("data/1", "or a folder")),
     "torch file without its pickle": (
         torch_rezipped(lambda name, content: (name.replace("data.pkl", "other"), content)),
         ("pytorch_model.bin", "damaged"),

@@ -24,6 +24,7 @@ from fastgen.files import RandomAccessFile
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of the name and the extra field
 UTF8_FLAG = 0x800  # of a zip record: how its name is spelled
 KNOWN_FLAGS = UTF8_FLAG | 0x8  # and that sizes follow the bytes; the others are of encryption and patches
+FOLDER = 0x10  # of a zip record's attributes: PyTorch reads nothing of such a one, and says nothing
 MAX_PICKLE = 64 << 20  # describes about 200,000 tensors
 
 # What PyTorch's unpickler was seen to raise for damaged archives; all of it means the same to the user.
@@ -100,6 +101,8 @@ def _records(file: RandomAccessFile) -> dict[int, int]:
         if name == "constants.pkl":
             raise ModelFileError(f"{file.path}: a TorchScript program, not a checkpoint; save its state_dict instead")
         plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & ~KNOWN_FLAGS
+        if plain and (entry.compress_size != entry.file_size or entry.external_attr & FOLDER):
+            raise ModelFileError(f"{place} is of two sizes, or a folder: damaged; fetch the file again")
         if not plain or (name == "data.pkl" and entry.file_size > MAX_PICKLE):
             raise ModelFileError(f"{place} is compressed, encrypted or too large; save the file again with torch.save")
         spelled = entry.orig_filename.encode("utf-8" if entry.flag_bits & UTF8_FLAG else "cp437", "replace")
