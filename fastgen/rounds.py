@@ -80,7 +80,8 @@ def verify(
     drafts = tokens[:, 1:]
     tokens = torch.cat((rows.token[:, None], drafts), 1).clamp(min=0)
     hidden = model(tokens, places, keys, rows.positions + 1)
-    logits = model.logits(hidden)
+    own = model.own_logits(hidden)
+    logits = model.vocabulary.join(own)
     seen = _seen_before(rows.seen, tokens) if options.repetition_penalty != 1.0 else None
     key = NoiseKey(seed=rows.seed, sample=rows.samples, position=places + 1)
     knobs = Knobs(*rows.knobs.unbind())
@@ -89,6 +90,7 @@ def verify(
     else:
         target = adjust(logits, options, seen=seen, knobs=knobs).softmax(-1)
         verdict = _accept_or_resample(rows, target, probabilities, drafts, limit)
+    verdict = verdict._replace(tokens=model.vocabulary.check(verdict.tokens, hidden, own))
     _advance(rows, verdict, places + 1, options)
     return Round(*verdict, log_probabilities(logits, verdict.tokens) if logprobs else None)
 

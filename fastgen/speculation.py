@@ -50,8 +50,6 @@ def check(model: LoadedModel, speculation: Speculation) -> None:
             "--draft: this model's RoPE (dynamic NTK) turns a token by the length of its text, so tokens that are\n"
             "verified together would differ from tokens that come one by one; leave --draft out"
         )
-    if speculation.count == AUTO and model.ranks.world > 1:
-        raise UsageError("--speculate auto: the ranks' clocks would disagree on what is fastest; give a number")
     draft = speculation.draft
     if isinstance(draft, LoadedModel):
         if draft.placement.device != model.placement.device:

@@ -128,7 +128,7 @@ class SpeculativeEngine(Engine):
         seconds: dict[Arm, float] = {}
         begin = time.perf_counter()
         for turn in range(CALIBRATIONS):
-            if turn > 2 and time.perf_counter() - begin > CALIBRATION_SECONDS:
+            if turn > 2 and self.model.ranks.share(time.perf_counter() - begin > CALIBRATION_SECONDS):
                 break
             for arm in (*self.arms, PLAIN):
                 self._start(self._idle_rows(SMALLEST, options), options)
@@ -168,7 +168,6 @@ class SpeculativeEngine(Engine):
         return shared
 
     def _decode(self, rows: Rows, first: Choice, filled: int, options: GenerationOptions) -> Iterator[StepTokens]:
-        assert self.pace, "the costs of rounds have been measured"
         places = rows.positions.tolist()  # of the last token of each row that the host knows
         self._start(rows, options)
         self.tally = Tally()
@@ -178,7 +177,7 @@ class SpeculativeEngine(Engine):
         readback: Readback[Round, Launch] = Readback(self.device)
         previous: Mark | None = None
         while True:
-            arm = self.pace.choose()
+            arm = self._choose()
             ahead = sum(launch.tokens for launch in readback.waiting())
             round_, launch = self._launch(arm, max(places) + ahead + 1, options, previous)
             previous = launch.end
@@ -190,6 +189,12 @@ class SpeculativeEngine(Engine):
                 yield from self._steps_of(queues)
             self.model.ranks.at("decode")
             self.model.ranks.check_interrupt()
+
+    def _choose(self) -> Arm:
+        """Return what to do next: all ranks do what the first one's clock says."""
+        assert self.pace, "there is a pace once there are rounds"
+        arm = self.pace.choose()
+        return arm if isinstance(self.pace, FixedPace) else Arm(*self.model.ranks.share(arm))
 
     def _start(self, rows: Rows, options: GenerationOptions) -> None:
         sampled = options.sampling.temperature > 0

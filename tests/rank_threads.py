@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,18 +15,21 @@ Result = TypeVar("Result")
 
 
 class Meeting:
-    """Where `world` threads bring a tensor each and take all of them away."""
+    """Where `world` threads bring a value each and take all of them away."""
 
     def __init__(self, world: int) -> None:
         self.barrier = threading.Barrier(world, timeout=60)
-        self.brought: list[Tensor] = [torch.empty(0)] * world
+        self.brought: list[Any] = [None] * world
 
-    def exchange(self, rank: int, x: Tensor) -> Tensor:
-        self.brought[rank] = x
+    def bring(self, rank: int, value: Any) -> list[Any]:
+        self.brought[rank] = value
         self.barrier.wait()
-        every = torch.stack(self.brought)
+        every = list(self.brought)
         self.barrier.wait()
         return every
+
+    def exchange(self, rank: int, x: Tensor) -> Tensor:
+        return torch.stack(self.bring(rank, x))
 
 
 class ThreadRanks(Ranks):
@@ -44,6 +47,9 @@ class ThreadRanks(Ranks):
 
     def gather(self, x: Tensor) -> Tensor:
         return self.meeting.exchange(self.rank, x)
+
+    def share(self, value: Any) -> Any:
+        return self.meeting.bring(self.rank, value)[0]
 
 
 def on_ranks(world: int, work: Callable[[Ranks], Result]) -> list[Result]:
