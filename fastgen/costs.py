@@ -21,6 +21,8 @@ from torch import nn
 
 from fastgen.config import ModelConfig
 from fastgen.model import Transformer
+from quantize.format import INT8, WeightFormat, int4
+from tp.plan import Plan, Split, length, make_plan, obstacle
 
 PLAIN_BITS = {"fp32": 32, "bf16": 16, "int8": 16, "int4": 16}
 """Bits of everything that is not quantized, the KV cache included, by format."""
@@ -38,7 +40,7 @@ class Cost:
     parameters: int
     weight_bytes: int  # in memory
     kv_bytes_per_token: int  # in memory, all layers
-    read_bytes: dict[int, int | None]  # of weights by one rank in a step, by world size; None: heads do not divide
+    read_bytes: dict[int, int | None]  # of weights by the rank with the most, by world size; None: not so many ranks
 
     @property
     def bits_per_parameter(self) -> float:
@@ -54,7 +56,7 @@ class Cost:
         return max(0, available - self.weight_bytes) // self.kv_bytes_per_token
 
     def tokens_per_second(self, gb_per_second: float, world_size: int = 1) -> float | None:
-        """Return the most that a device of this read bandwidth can decode, by its share of the weights alone."""
+        """Return the most that devices of this read bandwidth can decode, by the largest share of the weights alone."""
         read = self.read_bytes[world_size]
         return None if read is None else gb_per_second * 1e9 / read
 
@@ -86,29 +88,26 @@ def _cost(model: Transformer, weight_format: str, group_size: int) -> Cost:
     others = parameters - matrices - (0 if tied else embedding)  # norms and biases
     quantized = weight_format in ("int8", "int4")
 
-    def bits(world_size: int) -> int:
+    def bits(plan: Plan) -> int:
         """Bits of one rank's matrices."""
         return sum(
             matrix_bits(
-                _rank_rows(name, module, config, world_size),
-                module.in_features,
+                *_part_shape(module, plan.split(name)),
                 "int8" if quantized and tied and name == "lm_head" else weight_format,
                 group_size,
             )
             for name, module in _matrices(model)
         )
 
+    shares = {size: list(map(bits, _plans(config, weight_format, group_size, size))) for size in WORLD_SIZES}
     table = 0 if tied and not quantized else embedding * plain
-    fixed = (others + config.dim) * plain  # and the embedding's one row
+    fixed = (others + config.dim) * plain if table else others * plain  # with the embedding's one row
     return Cost(
         format=weight_format,
         parameters=parameters,
-        weight_bytes=(bits(1) + others * plain + table) // 8,
+        weight_bytes=(sum(shares[1]) + others * plain + table) // 8,
         kv_bytes_per_token=2 * config.n_layers * config.kv_dim * plain // 8,
-        read_bytes={
-            size: None if config.n_heads % size else (bits(size) + (fixed if table else others * plain)) // 8
-            for size in WORLD_SIZES
-        },
+        read_bytes={size: (max(share) + fixed) // 8 if share else None for size, share in shares.items()},
     )
 
 
@@ -119,8 +118,19 @@ def _matrices(model: Transformer) -> Iterator[tuple[str, nn.Linear]]:
             yield name.rpartition(".")[2], module
 
 
-def _rank_rows(name: str, module: nn.Linear, config: ModelConfig, world_size: int) -> int:
-    """Return the rows of a matrix that a rank's share amounts to; KV heads fewer than ranks are replicated."""
-    if name == "wqkv":
-        return config.q_dim // world_size + 2 * config.kv_dim // min(world_size, config.n_kv_heads)
-    return -(-module.out_features // world_size)
+def _part_shape(module: nn.Linear, split: Split) -> tuple[int, int]:
+    """Return the rows and columns of a rank's part of a matrix."""
+    rows = module.out_features if split.rows is None else sum(map(length, split.rows))
+    return rows, module.in_features if split.columns is None else length(split.columns)
+
+
+def _plans(config: ModelConfig, weight_format: str, group_size: int, world: int) -> list[Plan]:
+    """Return what every rank holds; empty where there can be no such ranks."""
+    formats: dict[str, WeightFormat] = {}
+    if weight_format == "int8":
+        formats["layers.0.w_down"] = INT8  # a plan looks at this linear only
+    elif weight_format == "int4":
+        formats["layers.0.w_down"] = int4(config.hidden_dim, group_size, symmetric=False)
+    if obstacle(config, formats, world):
+        return []
+    return [make_plan(config, formats, world, rank) for rank in range(world)]

@@ -19,6 +19,7 @@ from fastgen.doctor import main
 from fastgen.errors import ModelFileError, UsageError
 from fastgen.model import Transformer
 from fastgen.shapes import shape
+from tp.plan import make_plan
 
 CPU = torch.device("cpu")
 
@@ -84,8 +85,20 @@ def test_ranks_share_the_matrices_and_replicate_kv_heads_when_there_are_too_few(
     assert many[4] == (many[1] - 2 * whole) // 4 + 2 * whole
     few = by_format(costs(ModelConfig(**plain, n_kv_heads=2)))["bf16"].read_bytes
     assert few[4] == (few[1] - 2 * whole) // 4 + 2 * whole + 2 * (2 * 2 * 8 * 2 // 4) * 64
-    odd = by_format(costs(ModelConfig(**plain | {"n_heads": 6}, n_kv_heads=3)))["bf16"].read_bytes
-    assert odd[2] is not None and odd[4] is None
+
+
+def test_ranks_that_divide_nothing_evenly_cost_what_the_largest_share_does() -> None:
+    config = ModelConfig(
+        dim=72, n_layers=2, n_heads=3, n_kv_heads=3, head_dim=24, hidden_dim=200, vocab_size=100, max_seq_len=32
+    )
+    read = by_format(costs(config))["bf16"].read_bytes
+    layer = 72 * (3 * 2 * 24 + 2 * 24) + 3 * 72 * 100  # two of three heads, half of the hidden units
+    assert read[2] == 2 * (2 * layer + 72 * 50 + 5 * 72 + 72)
+    assert read[4] is None, "there are three heads"
+    parts = [make_plan(config, {}, 2, rank).local() for rank in range(2)]
+    with torch.device("meta"):
+        sizes = [Transformer(part).to(torch.bfloat16).weight_bytes() for part in parts]
+    assert max(sizes) == read[2]
 
 
 @pytest.mark.usefixtures("quick")
