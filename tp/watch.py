@@ -124,15 +124,18 @@ class Watch:
             others = [json.loads(text) for text in exchange(json.dumps(mine))]
             for rank, other in enumerate(others[: self.place.rank]):
                 connection = socket.create_connection(tuple(other["address"]), timeout)
-                connection.sendall(_line({"rank": self.place.rank, "key": other["key"]}))
+                connection.sendall(_hello(self.place.rank, other["key"]))
                 self._add(rank, connection, other)
             server.settimeout(timeout)
             while len(self._peers) < self.place.world - 1:
                 connection, _ = server.accept()
                 connection.settimeout(timeout)
-                hello = json.loads(_read_line(connection))
-                if secrets.compare_digest(str(hello["key"]), key):
-                    self._add(int(hello["rank"]), connection, others[int(hello["rank"])])
+                hello = _read_line(connection)
+                known = [rank for rank in range(self.place.world) if secrets.compare_digest(hello, _hello(rank, key))]
+                if known:
+                    self._add(known[0], connection, others[known[0]])
+                else:
+                    connection.close()  # a stranger
         self._selector = selectors.DefaultSelector()
         for rank, peer in self._peers.items():
             self._selector.register(peer.connection, selectors.EVENT_READ, rank)
@@ -362,6 +365,11 @@ def _machine() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     return socket.gethostname()
+
+
+def _hello(rank: int, key: str) -> bytes:
+    """Return what a rank says first to one that has this key."""
+    return _line({"rank": rank, "key": key})
 
 
 def _line(message: dict[str, Any]) -> bytes:

@@ -1,0 +1,180 @@
+"""The watch between ranks, in processes that do nothing else: who is missed, when, who says so, and who is let be."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tp.place import Place
+from tp.watch import INPUT, Watch
+
+TIMEOUT = 3.0
+"""Of stalls; a busy machine may keep a process waiting for a while."""
+
+WORKING = "for _ in range(2000): watch.at('decode'); sleep(0.02)"
+"""Steps for 40 s, which is longer than any test takes."""
+
+WAITING = "watch.at('decode'); sleep(40)"
+
+
+class Crew:
+    """Processes that watch each other, by rank; their messages are in files."""
+
+    def __init__(self, folder: Path, codes: Sequence[str], timeout: float) -> None:
+        self.folder = folder
+        self.processes = []
+        for rank, code in enumerate(codes):
+            command = [sys.executable, "-m", "tests.watch_worker", str(folder), str(timeout), code]
+            environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(len(codes)), "LOCAL_RANK": str(rank)}
+            with (folder / f"told{rank}").open("w") as file:
+                self.processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+
+    def told(self) -> list[str]:
+        """What every rank wrote."""
+        return [(self.folder / f"told{rank}").read_text() for rank in range(len(self.processes))]
+
+    def ended(self) -> list[int]:
+        """Every rank's exit status, once all have ended."""
+        return [process.wait(timeout=30) for process in self.processes]
+
+    def wait(self, is_so: Callable[[], bool]) -> None:
+        """Return once something is so."""
+        deadline = time.monotonic() + 30
+        while not is_so():
+            assert time.monotonic() < deadline, self.told()
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def crew(folder: Path, *codes: str, timeout: float = TIMEOUT) -> Iterator[Crew]:
+    """Start a process for every code."""
+    started = Crew(folder, codes, timeout)
+    try:
+        yield started
+    finally:
+        for process in started.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_death_is_told_by_the_lowest_that_lives(victim: int, tmp_path: Path) -> None:
+    codes = [WAITING] * 3
+    codes[victim] = "watch.at('prefill'); sleep(0.5); import os; os.kill(os.getpid(), 9)"
+    with crew(tmp_path, *codes) as ranks:
+        statuses = ranks.ended()
+        assert statuses == [-9 if rank == victim else 6 for rank in range(3)]
+        told = [""] * 3
+        told[1 - victim] = f"fastgen: rank {victim} of 3 died in prefill: all processes end\n"
+        assert ranks.told() == told
+
+
+def test_a_failure_is_told_by_the_lowest_that_does_not_share_it(tmp_path: Path) -> None:
+    failing = "watch.at('load'); watch.fail(3, 'no such file')"
+    with crew(tmp_path, failing, WAITING, failing) as ranks:
+        assert ranks.ended() == [3, 3, 3]
+        assert ranks.told() == ["", "fastgen: rank 0 of 3 failed in load: no such file\n", ""]
+
+
+def test_a_failure_of_all_is_for_each_to_tell(tmp_path: Path) -> None:
+    with crew(tmp_path, *["print(watch.fail(3, 'no'), flush=True); raise SystemExit(3)"] * 3) as ranks:
+        assert ranks.ended() == [3, 3, 3]
+        assert ranks.told() == ["True\n"] * 3
+
+
+def test_a_rank_that_others_leave_behind_has_stalled(tmp_path: Path) -> None:
+    with crew(tmp_path, WORKING, "watch.at('decode'); sleep(40)", WORKING) as ranks:
+        assert ranks.ended() == [6, -9, 6]
+        assert ranks.told() == ["fastgen: rank 1 of 3 has not come on for 3 s, in decode: all processes end\n", "", ""]
+
+
+def test_a_rank_that_is_stopped_is_killed(tmp_path: Path) -> None:
+    stopping = "watch.at('load'); import os; os.kill(os.getpid(), 19)"
+    with crew(tmp_path, stopping, "watch.at('load'); sleep(40)") as ranks:
+        assert ranks.ended() == [-9, 6]
+        assert ranks.told() == ["", "fastgen: rank 0 of 2 has not answered for 3 s, in load: all processes end\n"]
+
+
+def test_all_that_stand_still_in_a_step_have_stalled_and_in_loading_they_have_not(tmp_path: Path) -> None:
+    with crew(tmp_path, *["watch.at('decode'); sleep(40)"] * 2) as ranks:
+        assert sorted(ranks.ended()) == [-9, 6]
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    with crew(slow, *["watch.at('load'); sleep(2.5)"] * 2, timeout=1.0) as ranks:
+        assert ranks.ended() == [0, 0] and ranks.told() == ["", ""]
+
+
+def test_a_person_may_think_for_as_long_as_they_like(tmp_path: Path) -> None:
+    asking = f"watch.at('{INPUT}'); sleep(2.5); watch.share('hello')"
+    waiting = "watch.at('decode'); watch.at('load'); print(watch.share(None))"
+    with crew(tmp_path, asking, waiting, timeout=1.0) as ranks:
+        assert ranks.ended() == [0, 0] and ranks.told() == ["", "hello\n"]
+
+
+def test_what_is_shared_comes_in_order_to_all(tmp_path: Path) -> None:
+    code = "print(*[watch.share([rank, n, 'text']) for n in range(50)])"
+    with crew(tmp_path, *[code] * 3) as ranks:
+        assert ranks.ended() == [0, 0, 0]
+        assert set(ranks.told()) == {" ".join(f"[0, {n}, 'text']" for n in range(50)) + "\n"}
+
+
+def test_ranks_that_were_all_stopped_together_go_on(tmp_path: Path) -> None:
+    going = "for _ in range(200): watch.at('decode'); sleep(0.02)"
+    with crew(tmp_path, going, going) as ranks:
+        ranks.wait(lambda: all((tmp_path / f"rank{rank}").exists() for rank in range(2)))
+        time.sleep(1)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in ranks.processes:
+                process.send_signal(number)
+            time.sleep(TIMEOUT + 1 if number == signal.SIGSTOP else 0)
+        assert ranks.ended() == [0, 0] and ranks.told() == ["", ""]
+
+
+def test_an_interrupt_reaches_all_at_the_same_step(tmp_path: Path) -> None:
+    code = """
+steps = 0
+with watch.interruptible():
+    try:
+        while True:
+            watch.at('decode'); steps += 1; (folder / f'begun{rank}').touch(); watch.check_interrupt(); sleep(0.01)
+    except KeyboardInterrupt:
+        print(steps, flush=True)
+"""
+    with crew(tmp_path, code, code) as ranks:
+        ranks.wait(lambda: all((tmp_path / f"begun{rank}").exists() for rank in range(2)))
+        for process in ranks.processes:
+            process.send_signal(signal.SIGINT)
+        assert ranks.ended() == [0, 0]
+        steps, same = ranks.told()
+        assert steps == same and int(steps) > 0
+
+
+def test_an_interrupt_ends_all_where_nothing_is_to_be_kept(tmp_path: Path) -> None:
+    begun = f"(folder / f'begun{{rank}}').touch(); {WAITING}"
+    with crew(tmp_path, begun, begun) as ranks:
+        ranks.wait(lambda: all((tmp_path / f"begun{rank}").exists() for rank in range(2)))
+        for process in ranks.processes:
+            process.send_signal(signal.SIGINT)
+        assert ranks.ended() == [130, 130] and ranks.told() == ["", ""]
+
+
+@pytest.mark.parametrize("words", [b"", b"GET / HTTP/1.0\n", b"[]\n", b'{"rank": 1, "key": "guessed"}\n'])
+def test_a_stranger_at_the_port_is_not_taken_for_a_rank(words: bytes) -> None:
+    watch = Watch()
+    watch.place = Place(rank=0, world=2)
+
+    def exchange(text: str) -> Sequence[str]:
+        with socket.create_connection(tuple(json.loads(text)["address"])) as stranger:
+            stranger.sendall(words)
+        return [text, text]
+
+    with pytest.raises(TimeoutError):  # the other rank never comes
+        watch.connect(exchange, "127.0.0.1", 0.5)
