@@ -1,14 +1,22 @@
 """A model in parts computes what it computes whole: ranks as threads here, as processes in test_tp_processes.py."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from fastgen.engine import Engine
 from fastgen.errors import RankLostError
+from fastgen.kernels import reference
+from fastgen.load import LoadedModel, load_model
+from fastgen.model import Transformer
 from fastgen.options import GenerationOptions
 from fastgen.sampling import log_probabilities
+from fastgen.steps import covered_by_kernels
+from quantize.run import main as quantize
 from tests.rank_threads import on_ranks
 from tests.sharded import CASES, PROMPTS, drafting, logits, part, texts, whole
+from tp.apply import ShardedStages
 from tp.dist import Ranks
 
 
@@ -19,6 +27,17 @@ def test_ranks_together_give_the_logits_of_one(name: str, world: int) -> None:
     model = whole(CASES[name])
     expected = logits(model)
     for found in on_ranks(world, lambda ranks: logits(part(model, ranks))):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [("int8",), ("int4", "--group-size", "64")], ids=" ".join)
+def test_parts_of_quantized_files_give_the_logits_of_the_whole(flags: tuple[str, ...], tmp_path: Path) -> None:
+    assert (
+        quantize(["--model", "stories-draft", "--out", str(tmp_path / "q"), "--device", "cpu", "--quant", *flags]) == 0
+    )
+    model = load_model(tmp_path / "q", device="cpu", dtype="fp32")
+    expected = logits(model)
+    for found in on_ranks(4, lambda ranks: logits(part(model, ranks))):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -52,15 +71,49 @@ def test_log_probabilities_are_those_of_the_whole_vocabulary() -> None:
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def test_a_rank_whose_sums_differ_is_noticed_by_all() -> None:
+def disturb(model: LoadedModel, what: str, rank: int) -> None:
+    """Let one rank find other sums, other logits, or another token."""
+    stages, vocabulary = model.transformer.stages, model.transformer.vocabulary
+    embed, join, check = stages.embed, vocabulary.join, vocabulary.check
+    if what == "sums":
+        stages.embed = lambda *given: embed(*given) * (1 + 1e-6 * rank)
+    elif what == "logits":
+        vocabulary.join = lambda logits: join(logits) * (1 + 1e-6 * rank)
+    else:
+        vocabulary.check = lambda token, *given: check(token + rank, *given)
+
+
+@pytest.mark.parametrize("what", ["sums", "logits", "token"])
+def test_ranks_that_differ_are_noticed_by_all(what: str) -> None:
     model = whole(CASES["fp32"])
 
     def generate(ranks: Ranks) -> str:
         mine = part(model, ranks)
-        embed = mine.transformer.stages.embed
-        mine.transformer.stages.embed = lambda *given: embed(*given) * (1 + 1e-6 * ranks.rank)
+        disturb(mine, what, ranks.rank)
         with pytest.raises(RankLostError) as error:
             Engine(mine, max_seq_len=32).generate(PROMPTS[:1], GenerationOptions(max_new_tokens=3))
         return str(error.value)
 
     assert all("--check-ranks" in message for message in on_ranks(2, generate))
+
+
+def test_a_share_is_covered_by_kernels_as_its_stages_say() -> None:
+    model, asked = whole(CASES["fp32"]), []
+
+    class Kernels:
+        """The reference's stages, said to cover one text."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(reference, name)
+
+        def covers(self, transformer: Transformer, tokens: int) -> bool:
+            asked.append(transformer)
+            return tokens == 1
+
+    def covered(ranks: Ranks) -> list[bool]:
+        mine = part(model, ranks)
+        assert not covered_by_kernels(mine.transformer, 1), "the reference is no kernel"
+        mine.transformer.stages = ShardedStages(Kernels(), mine.plan, ranks)
+        return [covered_by_kernels(mine.transformer, batch) for batch in (1, 2)]
+
+    assert on_ranks(2, covered) == [[True, False]] * 2 and len(asked) == 4

@@ -10,7 +10,7 @@ from quantize.format import GROUP_SIZES, WeightFormat
 from quantize.linear import dequantize_weight, quantize_weight
 from quantize.scheme import Scheme
 from tests.models import TINY, InMemory, random_weights
-from tp.plan import Plan, cut_groups, deal, length, make_plan, split_heads
+from tp.plan import Plan, cut_groups, deal, length, make_plan, split_heads, stretched
 
 SMOLLM2 = ModelConfig(**(TINY | {"dim": 576, "n_heads": 9, "n_kv_heads": 3, "head_dim": 64, "hidden_dim": 1536}))
 
@@ -124,8 +124,9 @@ def test_too_many_ranks_are_refused_with_the_number_and_the_nearest_that_works(
     with pytest.raises(UsageError, match=f"torchrun started {world} ") as error:
         make_plan(config, formats, world, 0)
     best = {5: 4, 8: 4, 4: 3}[world]
-    assert message in str(error.value) and str(error.value).endswith(f"\nStart {best}")
-    make_plan(config, formats, best, 0)
+    assert message in str(error.value) and str(error.value).endswith(f"\nStart {best} or fewer")
+    for size in range(1, best + 1):
+        make_plan(config, formats, size, 0)
 
 
 @pytest.mark.parametrize(("quant", "group_size"), [("int8", 128), ("int4", 32), ("int4", 128)])
@@ -137,3 +138,15 @@ def test_hidden_units_of_quantized_weights_are_dealt_out_by_what_kernels_take_at
     assert [length(plan.hidden) for plan in plans(config, 4, formats)] == [2688, 2816, 2688, 2816]
     assert [length(plan.hidden) for plan in plans(config, 2, formats)] == [5504, 5504]
     assert [length(plan.hidden) for plan in plans(config, 4)] == [2752] * 4
+
+
+def test_layers_in_different_groups_are_cut_where_the_widest_end() -> None:
+    config = ModelConfig(**(TINY | {"hidden_dim": 640}))
+    formats = {f"layers.{layer}.w_down": WeightFormat(bits=4, group_size=32 << 2 * layer) for layer in range(2)}
+    assert [length(plan.hidden) for plan in plans(config, 4, formats)] == [128, 128, 128, 256]
+
+
+def test_words_and_scales_that_stand_for_columns_are_cut_with_them() -> None:
+    assert stretched((64, 128), 256, 32) == (8, 16), "words of eight weights"
+    assert stretched((64, 128), 256, 4) == (1, 2), "groups"
+    assert [stretched(span, 256, 1) for span in ((0, 64), (64, 128), (192, 256))] == [(0, 1)] * 3, "a scale of the row"

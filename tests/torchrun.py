@@ -10,6 +10,12 @@ from pathlib import Path
 
 import psutil
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+"""Of what is started: two processes on two cores take one thread each."""
+
+PORT = str(20000 + os.getpid() % 10000)
+"""Another for every worker of pytest."""
+
 PATIENCE = 120.0
 """Seconds for anything to happen on a busy machine."""
 
@@ -84,8 +90,7 @@ def torchrun(
 
     stdout and stderr go to one file. Whatever is left at the end is killed.
     """
-    port = str(20000 + os.getpid() % 10000)
-    common = ["--nproc-per-node", str(world), "--master-addr", address, "--master-port", port]
+    common = ["--nproc-per-node", str(world), "--master-addr", address, "--master-port", PORT]
     common += ["--nnodes", str(len(prefixes))]
     errors = folder / "messages"
     agents = []
@@ -93,8 +98,7 @@ def torchrun(
         for node, prefix in enumerate(prefixes):
             command = [*prefix, sys.executable, "-m", "torch.distributed.run", *common, "--node-rank", str(node)]
             command += ["-m", module, *flags]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-            agents.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True))
+            agents.append(subprocess.Popen(command, stdout=file, stderr=file, env=ENVIRONMENT, start_new_session=True))
     run = Run(agents, errors)
     try:
         yield run

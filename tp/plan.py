@@ -47,8 +47,6 @@ FINE = 8
 KERNEL_BLOCKS = (128, 64)
 """Columns that the kernels for quantized weights take at a time, on GPUs and on CPUs; of others they make a copy."""
 
-MOST_RANKS = 1024
-
 
 class Split(NamedTuple):
     """A rank's part of a matrix: ranges of rows that lie one below the other, and a range of columns; None: all."""
@@ -135,15 +133,14 @@ class Plan:
 def make_plan(config: ModelConfig, formats: Mapping[str, WeightFormat], world: int, rank: int) -> Plan:
     """Return what rank `rank` of `world` holds of a model whose linears have these formats.
 
-    Raises `UsageError` for a number of ranks that the model cannot be split over, with the nearest that it can.
+    Raises `UsageError` for more ranks than the model can be split over, with the most that it can.
     """
     problem = obstacle(config, formats, world)
     if problem:
-        possible = [size for size in range(1, MOST_RANKS) if not obstacle(config, formats, size)]
-        nearest = [max(size for size in possible if size < world), *[size for size in possible if size > world][:1]]
+        most = max(size for size in range(1, world) if not obstacle(config, formats, size))
         raise UsageError(
             f"torchrun started {world} processes, and the model cannot be split over so many: {problem}\n"
-            f"Start {' or '.join(map(str, nearest))}"
+            f"Start {most} or fewer"
         )
     heads, kv_heads = split_heads(config, world)[rank]
     vocabularies = deal(config.vocab_size, world, block_of(config.vocab_size, world))

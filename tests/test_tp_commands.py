@@ -1,0 +1,66 @@
+"""The commands under torchrun: rank 0 alone prints, and what comes of them is what one process makes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.torchrun import ENVIRONMENT, PORT
+
+
+def run(module: str, *flags: str, world: int = 2, text: str = "") -> str:
+    """Return what a command prints on CPUs; with `world` 1 it is started without torchrun."""
+    launcher = ["torch.distributed.run", "--nproc-per-node", str(world), "--master-port", PORT, "-m"]
+    command = [sys.executable, "-m", *(launcher if world > 1 else []), module, "--device", "cpu", *flags]
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=120
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def last_line(printed: str) -> dict[str, Any]:
+    """The JSON document at the end, of which there is one."""
+    documents = [line for line in printed.splitlines() if line.startswith("{")]
+    assert documents == [printed.splitlines()[-1]]
+    return json.loads(documents[0])
+
+
+def test_bench_measures_all_ranks_and_compares_them() -> None:
+    shape = ["--shape", "stories15m", "--modes", "eager", "--new-tokens", "3", "--repeats", "1"]
+    (record,) = last_line(run("fastgen.bench", *shape, "--check-ranks", "--json"))["records"]
+    assert record["world_size"] == 2 and record["decode_tokens_per_second"] > 0
+
+
+def test_quantize_run_writes_one_folder(tmp_path: Path) -> None:
+    flags = ["--model", "stories-draft", "--quant", "int8"]
+    for world in (1, 2):
+        assert run("quantize.run", *flags, "--out", str(tmp_path / str(world)), world=world).count("written to") == 1
+    one, two = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("1", "2"))
+    assert one["files"].keys() == two["files"].keys()
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("1", "2")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.long
+def test_evaluate_finds_the_perplexity_that_one_process_finds(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("Once upon a time there was a girl. " * 12)
+    flags = ["--text", str(tmp_path / "text"), "--json", "--check-ranks"]
+    found = last_line(run("fastgen.evaluate", *flags))
+    alone = last_line(run("fastgen.evaluate", *flags[:-1], world=1))
+    assert found["scores"]["perplexity"] == pytest.approx(alone["scores"]["perplexity"], rel=1e-4)
+
+
+@pytest.mark.long
+def test_chat_reads_what_rank_0_is_told_and_gives_the_answer_of_one_process() -> None:
+    flags = ["--model", "smollm2", "--max-new-tokens", "6", "--check-ranks"]
+    answers = [run("fastgen.chat", *flags[: 5 if world > 1 else 4], world=world, text="Hi\n") for world in (2, 1)]
+    assert answers[0] == answers[1] != ""
+
+
+def test_speculation_gives_the_text_of_one_process() -> None:
+    flags = ["--max-new-tokens", "24", "--draft", "embedded", "--speculate", "3"]
+    assert run("fastgen.generate", *flags, "--check-ranks") == run("fastgen.generate", *flags[:2], world=1)
