@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastgen.checkpoint.compressed_tensors import quantization_config, stored_shapes
-from fastgen.checkpoint.hf_save import hf_config, write_json
+from fastgen.checkpoint.hf_save import INDEX, hf_config, hf_parts, write_description, write_json
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
-from fastgen.checkpoint.names import HF, linear_parts, part_rows
+from fastgen.checkpoint.names import HF, linear_parts
 from fastgen.checkpoint.safetensors_writer import Entry, write_safetensors
 from fastgen.config import ModelConfig
 from fastgen.errors import ModelFileError
@@ -21,8 +21,6 @@ from fastgen.model import tensor_bytes
 from quantize import int4, int8
 from quantize.format import WeightFormat
 from quantize.linear import BLOCK, dequantize_weight, quantize_weight, scale_dtype
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +104,7 @@ def _write_config(folder: Path, job: Job) -> None:
         "tie_word_embeddings": job.tied,
         "quantization_config": quantization_config(foreign),
     }
-    write_json(folder / "config.json", description)
-    tokens = {"bos_token_id": job.config.bos_token_id, "eos_token_id": list(job.config.eos_token_ids) or None}
-    write_json(folder / "generation_config.json", {name: value for name, value in tokens.items() if value is not None})
+    write_description(folder, job.config, description)
 
 
 def _shards(tensors: Mapping[str, LazyTensor]) -> list[dict[str, LazyTensor]]:
@@ -125,15 +121,14 @@ def _shards(tensors: Mapping[str, LazyTensor]) -> list[dict[str, LazyTensor]]:
 def _stored(name: str, source: LazyTensor, job: Job, reports: list[LinearReport]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors on disk, by their foreign names, that hold our tensor `name`."""
     module, leaf = name.rsplit(".", 1)
-    parts = _foreign(module, job.config)
-    rows = part_rows(job.config, module.rpartition(".")[2]) or [source.shape[0]]
+    parts = list(hf_parts(job.config, module, source.shape[0]))
     weight_format = job.formats.get(module) if leaf == "weight" else None
     if weight_format is None:
         tensor = source[:].to(job.dtype)
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise ModelFileError(f"{job.checkpoint.path}: {name} holds values that are not finite in {job.dtype}")
-        for part, piece in zip(parts, tensor.split(rows), strict=True):
-            yield f"{part}.{leaf}", piece.clone() if len(parts) > 1 else piece
+        for part, rows in parts:
+            yield f"{part}.{leaf}", tensor[rows].clone() if len(parts) > 1 else tensor
         return
     scales = scale_dtype(job.checkpoint.dtype)
     stored = quantize_weight(
@@ -141,23 +136,15 @@ def _stored(name: str, source: LazyTensor, job: Job, reports: list[LinearReport]
     )
     error = _relative_error(source, stored, weight_format, job.device)
     stored = {leaf: tensor.cpu() for leaf, tensor in stored.items()}
-    start = size = 0
-    for part, count in zip(parts, rows, strict=True):
-        piece = {leaf: tensor[start : start + count] for leaf, tensor in stored.items()}
-        yield f"{part}.weight_shape", torch.tensor([count, source.shape[1]])
+    size = 0
+    for part, rows in parts:
+        piece = {leaf: tensor[rows] for leaf, tensor in stored.items()}
+        yield f"{part}.weight_shape", torch.tensor([rows.stop - rows.start, source.shape[1]])
         for foreign, tensor in _on_disk(piece, job.dtype).items():
             yield f"{part}.{foreign}", tensor
             size += tensor_bytes(tensor)
-        start += count
     bits = 8 * size / (source.shape[0] * source.shape[1])
     reports.append(LinearReport(name=module, format=str(weight_format), bytes=size, bits=bits, relative_error=error))
-
-
-def _foreign(module: str, config: ModelConfig) -> tuple[str, ...]:
-    if module in HF.model:
-        return (HF.model[module],)
-    _, layer, kind = module.split(".")
-    return tuple(HF.layer_prefix.format(layer) + name for name in HF.layer[kind])
 
 
 def _on_disk(piece: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -273,6 +273,20 @@ def test_the_dtype_is_that_of_most_weights(tmp_path: Path) -> None:
     assert_same(checkpoint.tensors, fused(mixed))
 
 
+def test_parts_of_several_dtypes_lose_no_bits(tmp_path: Path) -> None:
+    model = make_model(LLAMA)
+    dtypes = {"q_proj": torch.float16, "k_proj": torch.bfloat16, "v_proj": torch.float64, "gate_proj": torch.bfloat16}
+    mixed = {
+        name: tensor.to(next((dtype for part, dtype in dtypes.items() if part in name), tensor.dtype))
+        for name, tensor in model.items()
+    }
+    tensors = open_checkpoint(write_hf(tmp_path / "model", LLAMA, mixed)).tensors
+    assert tensors["layers.0.wqkv.weight"].dtype == torch.float64
+    assert tensors["layers.0.w_gate_up.weight"].dtype == torch.float32
+    for name, expected in fused({name: tensor.double() for name, tensor in mixed.items()}).items():
+        assert torch.equal(tensors[name][:].double(), expected), name
+
+
 def test_tensors_without_a_use_are_passed_over(tmp_path: Path) -> None:
     model = make_model(TIED)
     extras = {

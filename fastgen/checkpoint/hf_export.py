@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from fastgen.checkpoint.compressed_tensors import quantization_config, stored_shapes
-from fastgen.checkpoint.hf_save import hf_config, write_json
+from fastgen.checkpoint.hf_save import INDEX, hf_config, hf_parts, write_description, write_json
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
-from fastgen.checkpoint.names import HF, linear_parts, part_rows
+from fastgen.checkpoint.names import HF, linear_parts
 from fastgen.checkpoint.safetensors_writer import Entry, write_safetensors
 from fastgen.errors import ModelFileError
 from quantize import int4, int8
 from quantize.format import INT8
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # as transformers cuts its own
 
 
@@ -28,7 +27,7 @@ def export_entries(checkpoint: Checkpoint, dtype: torch.dtype) -> list[Entry]:
     entries: list[Entry] = []
     for ours, tensor in checkpoint.tensors.items():
         module, leaf = ours.rsplit(".", 1)
-        for name, rows in _parts(module, tensor.shape[0], checkpoint):
+        for name, rows in hf_parts(checkpoint.config, module, tensor.shape[0]):
             if module in checkpoint.formats and leaf != "bias":
                 entries += _quantized(name, leaf, tensor, rows, checkpoint, module)
             else:
@@ -63,18 +62,6 @@ def write_export(
         index |= {entry.name: name for entry in shard}
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-
-
-def _parts(module: str, rows: int, checkpoint: Checkpoint) -> Iterator[tuple[str, slice]]:
-    """Yield the foreign modules that our `module` is made up of, each with its rows."""
-    if module in HF.model:
-        yield HF.model[module], slice(0, rows)
-        return
-    _, layer, kind = module.split(".")
-    first = 0
-    for name, count in zip(HF.layer[kind], part_rows(checkpoint.config, kind) or [rows], strict=True):
-        yield HF.layer_prefix.format(layer) + name, slice(first, first + count)
-        first += count
 
 
 def _plain(name: str, tensor: LazyTensor, rows: slice, dtype: torch.dtype, source: Path) -> Entry:
@@ -127,6 +114,4 @@ def _write_config(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> N
     if formats:
         foreign = {part: formats.get(ours) for ours, parts in linear_parts(config, HF).items() for part in parts}
         description["quantization_config"] = quantization_config(foreign)
-    write_json(folder / "config.json", description)
-    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
-    write_json(folder / "generation_config.json", {name: value for name, value in tokens.items() if value is not None})
+    write_description(folder, config, description)

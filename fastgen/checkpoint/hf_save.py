@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgen.checkpoint.names import HF
+from fastgen.checkpoint.names import HF, part_rows
 from fastgen.config import ModelConfig, RopeScaling
 from fastgen.errors import CapacityError, UsageError
 
@@ -26,6 +26,8 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+
+INDEX = "model.safetensors.index.json"
 
 YARN_FIELDS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor")
@@ -42,19 +44,38 @@ def save_hf(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dt
         CapacityError: the weights cannot be written, most likely for want of space.
         UsageError: no model type has the features of `config`.
     """
-    write_json(folder / "config.json", hf_config(config, dtype))
-    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
-    write_json(folder / "generation_config.json", {name: value for name, value in tokens.items() if value is not None})
+    write_description(folder, config, hf_config(config, dtype))
     # A copy of its own for each part: safetensors refuses tensors that share memory.
     parts = {name: part.detach().to("cpu", dtype, copy=True) for name, part in hf_tensors(config, tensors)}
     save_tensors(folder / "model.safetensors", parts, {"format": "pt"})
+
+
+def write_description(folder: Path, config: ModelConfig, description: Mapping[str, object]) -> None:
+    """Write the `config.json` that `hf_config` began, and what generation needs to know, into `folder`."""
+    write_json(folder / "config.json", description)
+    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
+    write_json(folder / "generation_config.json", {name: value for name, value in tokens.items() if value is not None})
 
 
 def hf_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield a model's tensors by Hugging Face's names, as views of ours; a tied head is the embedding, and left out."""
     for name, tensor in tensors.items():
         if name != "lm_head.weight" or not config.tie_embeddings:
-            yield from _parts(name, tensor, config)
+            module, leaf = name.rsplit(".", 1)
+            for theirs, rows in hf_parts(config, module, tensor.shape[0]):
+                yield f"{theirs}.{leaf}", tensor[rows]
+
+
+def hf_parts(config: ModelConfig, module: str, rows: int) -> Iterator[tuple[str, slice]]:
+    """Yield the Hugging Face modules that our `module` of so many rows is made up of, each with its rows."""
+    if module in HF.model:
+        yield HF.model[module], slice(0, rows)
+        return
+    _, layer, kind = module.split(".")
+    first = 0
+    for name, count in zip(HF.layer[kind], part_rows(config, kind) or [rows], strict=True):
+        yield HF.layer_prefix.format(layer) + name, slice(first, first + count)
+        first += count
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -140,18 +161,3 @@ def _rope_scaling(scaling: RopeScaling) -> dict[str, object]:
         "original_max_position_embeddings": scaling.original_max_seq_len,
         **{name: value for name, value in fields.items() if value is not None},
     }
-
-
-def _parts(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the Hugging Face tensors that make up our tensor `name`, as views of its rows."""
-    module, leaf = name.rsplit(".", 1)
-    if module in HF.model:
-        yield f"{HF.model[module]}.{leaf}", tensor
-        return
-    _, layer, module = module.split(".")
-    rows = {
-        "wqkv": [config.q_dim, config.kv_dim, config.kv_dim],
-        "w_gate_up": [config.hidden_dim, config.hidden_dim],
-    }.get(module, [tensor.shape[0]])
-    for theirs, part in zip(HF.layer[module], tensor.split(rows), strict=True):
-        yield f"{HF.layer_prefix.format(layer)}{theirs}.{leaf}", part

@@ -7,6 +7,7 @@ Nothing else is read, so a tensor-parallel rank touches only its own slices, and
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -77,12 +78,15 @@ class FileTensor(LazyTensor):
 
 
 class Concat(LazyTensor):
-    """Tensors one behind the other along a dimension: wqkv is q, k and v; w_gate_up is gate and up."""
+    """Tensors one behind the other along a dimension: wqkv is q, k and v; w_gate_up is gate and up.
+
+    Parts of several dtypes are read in the one that holds the values of all.
+    """
 
     def __init__(self, parts: Sequence[LazyTensor], dimension: int = 0) -> None:
         shape = list(parts[0].shape)
         shape[dimension] = sum(part.shape[dimension] for part in parts)
-        super().__init__(shape, parts[0].dtype)
+        super().__init__(shape, reduce(torch.promote_types, (part.dtype for part in parts)))
         rests = {part.shape[:dimension] + part.shape[dimension + 1 :] for part in parts}
         assert len(rests) == 1, "parts that differ in another dimension"
         self.parts, self.dimension = tuple(parts), dimension
