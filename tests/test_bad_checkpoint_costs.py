@@ -8,6 +8,7 @@ import pytest
 
 from tests.bad_files import FILE_CASES
 from tests.bad_hf_folders import HF_CASES
+from tests.large_files import LARGE_CASES
 from tests.test_foreign_quantized import BAD_QUANTIZED
 from tests.test_meta import META_CASES
 
@@ -54,7 +55,7 @@ def builders() -> dict[str, object]:
     def quantized(write: object) -> object:
         return lambda root: write(root / "model", *sound)
 
-    tables = {name: in_folder(build) for name, (build, _) in (HF_CASES | FILE_CASES).items()}
+    tables = {name: in_folder(build) for name, (build, _) in (HF_CASES | FILE_CASES | LARGE_CASES).items()}
     tables |= {f"meta: {name}": (lambda root, build=build: build(root)) for name, (build, _) in META_CASES.items()}
     return tables | {name: in_folder(quantized(write)) for name, (write, _) in BAD_QUANTIZED.items()}
 

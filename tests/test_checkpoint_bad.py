@@ -16,10 +16,11 @@ from fastgen.errors import ModelFileError
 from tests.bad_files import FILE_CASES
 from tests.bad_hf_folders import HF_CASES, MODEL
 from tests.checkpoint_writers import LLAMA, write_gguf, write_hf, write_llama2c, write_torch
+from tests.large_files import LARGE_CASES
 
 pytestmark = pytest.mark.timeout(20)
 
-CASES = HF_CASES | FILE_CASES
+CASES = HF_CASES | FILE_CASES | LARGE_CASES
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,7 +14,9 @@ from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile
 
 MAGIC = b"GGUF"
-MAX_HEADER = 100_000_000  # bytes; a vocabulary of 262,144 tokens with its merges takes about 10 million
+MAX_HEADER = 32_000_000  # bytes; a vocabulary of 262,144 tokens with its merges takes about 10 million
+MAX_ITEMS = 1 << 20  # of all arrays; such a vocabulary has as many as that: texts, types, and merges or scores
+MAX_ENTRIES = 1 << 15  # metadata fields, and tensors; the largest Llama has 1,138
 MAX_NAME = 256  # bytes of a key or of a tensor's name, of which GGML takes 63
 MAX_DIMENSIONS = 4
 MAX_ELEMENTS = 2**48
@@ -52,8 +54,8 @@ def read_header(file: RandomAccessFile) -> Header:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         what = "big-endian" if swapped in (2, 3) else f"version {version}"
         raise ModelFileError(f"{file.path}: {what} GGUF is not supported, only little-endian versions 2 and 3")
-    tensor_count = cursor.count("the number of tensors", 24)
-    field_count = cursor.count("the number of metadata fields", 13)
+    tensor_count = cursor.count("the number of tensors", 24, MAX_ENTRIES)
+    field_count = cursor.count("the number of metadata fields", 13, MAX_ENTRIES)
     metadata: dict[str, object] = {}
     for _ in range(field_count):
         key = cursor.name("a metadata key")
@@ -107,6 +109,7 @@ class _Cursor:
         self._window = b""
         self._start = 0  # of the window in the file
         self._position = 0  # in the window
+        self._items_left = MAX_ITEMS
 
     @property
     def offset(self) -> int:
@@ -135,12 +138,13 @@ class _Cursor:
     def u64(self, what: str) -> int:
         return int(U64.unpack(self.take(8, what))[0])
 
-    def count(self, what: str, size: int) -> int:
-        """Return a count of items that take at least `size` bytes each, and so must fit into the file."""
+    def count(self, what: str, size: int, limit: int) -> int:
+        """Return a count of items, at most `limit`, that take at least `size` bytes each and must fit into the file."""
         count = self.u64(what)
-        if count * size > self._end - self.offset:
+        if count > limit or count * size > self._end - self.offset:
             raise ModelFileError(
-                f"{self.path}: {what} is {count}, more than the file can hold: truncated or damaged; fetch it again"
+                f"{self.path}: {what} is {count}, more than the file can hold or a header has: truncated or damaged; "
+                "fetch it again"
             )
         return count
 
@@ -164,12 +168,13 @@ class _Cursor:
         if kind != ARRAY:
             return self._reader(kind, key)()
         kind = self.u32(f"the type of the items of {key}")
+        size = struct.calcsize(SCALARS[kind]) if kind in SCALARS else U64.size
+        count = self.count(f"the length of {key}", size, self._items_left)
+        self._items_left -= count
         if kind in SCALARS:
-            size = struct.calcsize(SCALARS[kind])
-            count = self.count(f"the length of {key}", size)
             return list(struct.unpack(f"<{count}{SCALARS[kind]}", self.take(count * size, key)))
         read = self._reader(kind, key)
-        return [read() for _ in range(self.count(f"the length of {key}", U64.size))]
+        return [read() for _ in range(count)]
 
     def _reader(self, kind: int, key: str) -> Callable[[], object]:
         if kind == STRING:

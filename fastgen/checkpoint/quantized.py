@@ -52,15 +52,15 @@ def stored_linears(
         stored = (
             awq_linears(fields, shapes, tensors) if method == "awq" else gptq_linears(fields, shapes, tensors, weights)
         )
-    return _without_empty_biases(tensors, stored, config), stored
+    return _without_empty_biases(tensors, {name: shapes[name] for name in stored}, config), stored
 
 
 def _without_empty_biases(
-    tensors: Mapping[str, LazyTensor], stored: Mapping[str, StoredLinear], config: ModelConfig
+    tensors: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[int, int]], config: ModelConfig
 ) -> Mapping[str, LazyTensor]:
     """Return `tensors` without the biases of zeros that early tools gave to the linears of models that have none."""
     if config.qkv_bias or config.output_bias or config.mlp_bias:
         return tensors
-    biases = {f"{name}.bias" for name in stored} & tensors.keys()
-    empty = {name for name in biases if len(tensors[name].shape) == 1 and not tensors[name][:].any()}
+    biases = {f"{name}.bias": (rows,) for name, (rows, _) in shapes.items() if f"{name}.bias" in tensors}
+    empty = {name for name, shape in biases.items() if tensors[name].shape == shape and not tensors[name][:].any()}
     return {name: tensor for name, tensor in tensors.items() if name not in empty}

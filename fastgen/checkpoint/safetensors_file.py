@@ -15,9 +15,9 @@ import torch
 from fastgen.checkpoint.lazy import FileTensor
 from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile
-from fastgen.json_file import parse_json
+from fastgen.json_file import MAX_JSON, parse_json
 
-MAX_HEADER = 100_000_000  # the format's own limit
+FORMAT_LIMIT = 100_000_000  # bytes of a header that the format allows; we take `MAX_JSON`
 MAX_SIZE = 2**48  # elements in a dimension and in a tensor: beyond any file, below any overflow
 
 DTYPES = {
@@ -41,18 +41,19 @@ DTYPES = {
 
 def looks_like_safetensors(start: bytes) -> bool:
     """Return whether a file's first nine bytes can begin a safetensors file."""
-    return len(start) >= 9 and int.from_bytes(start[:8], "little") <= MAX_HEADER and start[8:9] == b"{"
+    return len(start) >= 9 and int.from_bytes(start[:8], "little") <= FORMAT_LIMIT and start[8:9] == b"{"
 
 
 def read_safetensors(path: Path) -> dict[str, FileTensor]:
     """Return the tensors of the safetensors file `path`, unread. Raises `ModelFileError` for any damage."""
     file = RandomAccessFile(path)
     length = int.from_bytes(file.read(0, 8), "little")
-    if length > MAX_HEADER or 8 + length > file.size:
+    if length > MAX_JSON or 8 + length > file.size:
         raise ModelFileError(
-            f"{path}: the header claims {length} bytes in a file of {file.size}: not a safetensors file, or truncated"
+            f"{path}: the header claims {length} bytes in a file of {file.size}, expected at most {MAX_JSON}: "
+            "not a safetensors file, or damaged; fetch it again"
         )
-    header = parse_json(bytes(file.read(8, length)), path, strict=True)
+    header = parse_json(file.read(8, length), path, strict=True)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ModelFileError(f"{path}: __metadata__ in its header is no map of texts: damaged; fetch it again")

@@ -21,11 +21,14 @@ from fastgen.checkpoint.lazy import Bounds, FileTensor, LazyTensor
 from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile
 
+END = struct.Struct("<4s8xI6x")  # of a zip archive: signature, ..., size of the directory
+LOCATOR, END64 = struct.Struct("<4s4xQ4x"), struct.Struct("<4s36xQ8x")  # in front of it, where the archive has them
+UNKNOWN = 0xFFFFFFFF  # a size that `END64` tells
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of the name and the extra field
 UTF8_FLAG = 0x800  # of a zip record: how its name is spelled
 KNOWN_FLAGS = UTF8_FLAG | 0x8  # and that sizes follow the bytes; the others are of encryption and patches
 FOLDER = 0x10  # of a zip record's attributes: PyTorch reads nothing of such a one, and says nothing
-MAX_PICKLE = 64 << 20  # describes about 200,000 tensors
+MAX_PICKLE = MAX_DIRECTORY = 1 << 20  # bytes; either describes 3,000 tensors, a hostile pickle takes a second
 
 # What PyTorch's unpickler was seen to raise for damaged archives; all of it means the same to the user.
 LOAD_ERRORS = (
@@ -90,6 +93,7 @@ class StridedTensor(LazyTensor):
 
 def _records(file: RandomAccessFile) -> dict[int, int]:
     """Return the size of every record of the archive by the offset of its bytes."""
+    _check_directory(file)
     try:
         with zipfile.ZipFile(file.path) as archive:
             entries = archive.infolist()
@@ -116,6 +120,22 @@ def _records(file: RandomAccessFile) -> dict[int, int]:
             raise ModelFileError(f"{place} is not 'little'; save the file again on a little-endian machine")
         records[offset] = entry.file_size
     return records
+
+
+def _check_directory(file: RandomAccessFile) -> None:
+    """Raise for a directory that is longer than any of a checkpoint, before somebody reads it as a whole.
+
+    Python and PyTorch believe different ones of the two sizes that large archives give.
+    """
+    start = max(file.size - END.size, 0)
+    signature, size = END.unpack(file.read(start, END.size))
+    sizes = [] if size == UNKNOWN else [size]
+    if start >= LOCATOR.size:
+        mark, place = LOCATOR.unpack(file.read(start - LOCATOR.size, LOCATOR.size))
+        if mark == b"PK\6\7":
+            sizes.append(END64.unpack(file.read(place, END64.size))[1])
+    if signature != b"PK\5\6" or not sizes or max(sizes) > MAX_DIRECTORY:
+        raise ModelFileError(f"{file.path}: damaged or truncated zip archive: no directory at its end; fetch it again")
 
 
 def _load(path: Path) -> object:

@@ -30,6 +30,7 @@ from fastgen.training.trainer import Trainer, Validation
 from fastgen.training.vocabulary import write_tokenizer
 
 STATE, RECORD, CURVE = "training_state.safetensors", "training.json", "loss.png"
+MAX_RECORD = 100_000_000  # bytes; a loss of every step takes about 20
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class RunFolder:
             raise ModelFileError(
                 f"{self.path}: the saved run is damaged: {damage[0]}\nStart a new run with another --out"
             )
-        record = read_json(self.path / RECORD)
+        record = read_json(self.path / RECORD, limit=MAX_RECORD)
         self._check_settings(record)
         losses, progress = _read_record(record, self.path / RECORD)
         tensors = read_safetensors(self.path / STATE)
