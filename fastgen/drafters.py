@@ -21,7 +21,7 @@ from fastgen.model import Transformer
 from fastgen.noise import NoiseKey, gumbel
 from fastgen.options import SamplingOptions
 from fastgen.sampling import Knobs, adjust, best_token
-from fastgen.steps import Cases, Rows, Steps
+from fastgen.steps import Cases, Rows, Steps, covered_by_kernels
 
 DRAFT_STREAM = 2
 """The noise that drafts are drawn with where they must not share the target's (`accept_or_resample`)."""
@@ -68,21 +68,12 @@ class DraftStep(NamedTuple):
     probabilities: Tensor | None
 
 
-def draft_token(
-    model: Transformer, rows: Rows, last: Tensor, position: Tensor, seen: Tensor, keys: Tensor,
-    options: SamplingOptions, *, vocab_size: int, overlap: bool, independent: bool,
+def draw(
+    model: Transformer, hidden: Tensor, rows: Rows, following: Tensor, seen: Tensor, options: SamplingOptions,
+    *, vocab_size: int, independent: bool,
 ) -> DraftStep:  # fmt: skip
-    """Append tokens `last` [B], which stand at `position` [B], to the draft's cache and draft the ones behind.
-
-    `overlap` appends the tokens before them as well: a round whose drafts all stayed leaves the last of them out of the
-    draft's cache, for it was never fed. `seen` [B, V] moves along with the drafts.
-    """
-    tokens, places, following = last[:, None], position[:, None], position + 1
-    if overlap:
-        places = torch.cat((places - 1, places), 1)
-        tokens = torch.cat((rows.text.gather(1, places[:, :1]), tokens), 1)
-    hidden = model(tokens.clamp(0, model.config.vocab_size - 1), places, keys, following)
-    logits = _fit(model.logits(hidden[:, -1]), vocab_size)
+    """Draft the tokens that stand at `following` [B], by the draft's hidden states [B, D]."""
+    logits = _fit(model.logits(hidden), vocab_size)
     scores = adjust(logits, options, seen=seen, knobs=Knobs(*rows.knobs.unbind()))
     noisy = scores
     if options.temperature > 0:
@@ -95,19 +86,45 @@ def draft_token(
     return DraftStep(token, following, scores.softmax(-1) if independent else None)
 
 
+def draft_token(
+    model: Transformer, rows: Rows, last: Tensor, position: Tensor, seen: Tensor, keys: Tensor,
+    options: SamplingOptions, *, vocab_size: int, overlap: bool, independent: bool,
+    draw: Callable[..., DraftStep] = draw,
+) -> DraftStep:  # fmt: skip
+    """Append tokens `last` [B], which stand at `position` [B], to the draft's cache and draft the ones behind.
+
+    `overlap` appends the tokens before them as well: a round whose drafts all stayed leaves the last of them out of the
+    draft's cache, for it was never fed. `seen` [B, V] moves along with the drafts; `draw` is the function of that name,
+    compiled.
+    """
+    tokens, places, following = last[:, None], position[:, None], position + 1
+    if overlap:
+        places = torch.cat((places - 1, places), 1)
+        tokens = torch.cat((rows.text.gather(1, places[:, :1]), tokens), 1)
+    hidden = model(tokens.clamp(0, model.config.vocab_size - 1), places, keys, following)[:, -1]
+    if options.takes_largest and model.vocabulary.is_whole and model.config.vocab_size == vocab_size:
+        return DraftStep(model.greedy_token(hidden).clamp(min=0), following, None)
+    return draw(
+        model, hidden, rows, following, seen, options, vocab_size=vocab_size, independent=independent
+    )  # fmt: skip
+
+
 class ModelDrafter:
     """Drafts with a model, token by token."""
 
     def __init__(
-        self, name: str, model: Transformer, vocab_size: int, reach: int, *, compiled: bool, shares_cache: bool = False
-    ) -> None:
+        self, name: str, model: Transformer, vocab_size: int, reach: int, *, batch: int, compiled: bool,
+        shares_cache: bool = False,
+    ) -> None:  # fmt: skip
         """`vocab_size` and `reach` are the target's; with `shares_cache` the target keeps the model's cache filled."""
         self.name = name
-        self.steps = None if shares_cache else Steps(model, reach, compiled=compiled)
+        self.steps = None if shares_cache else Steps(model, reach, compiled=compiled, batch=batch)
         self._model, self._vocab_size = model, vocab_size
         self._cases = Cases(compiled)
         self._step: Callable[..., DraftStep] = draft_token
-        if compiled:
+        if compiled and covered_by_kernels(model, 2 * batch):
+            self._step = partial(draft_token, draw=torch.compile(draw, fullgraph=True, dynamic=False))
+        elif compiled:
             model.by_region |= not model.embedding.weight.is_cuda
             self._step = torch.compile(draft_token, fullgraph=True, dynamic=False)
 
@@ -127,10 +144,12 @@ class ModelDrafter:
         return Draft(tokens, torch.stack([step.probabilities for step in steps if step.probabilities is not None], 1))
 
 
-def self_drafter(name: str, target: Transformer, layers: int, reach: int, *, compiled: bool) -> ModelDrafter:
+def self_drafter(
+    name: str, target: Transformer, layers: int, reach: int, *, batch: int, compiled: bool
+) -> ModelDrafter:  # fmt: skip
     """Return the drafter that is the target's first layers with its head; what it appends, verifying overwrites."""
-    head = target.first_layers(layers)
-    return ModelDrafter(name, head, target.config.vocab_size, reach, compiled=compiled, shares_cache=True)
+    head, vocab_size = target.first_layers(layers), target.config.vocab_size
+    return ModelDrafter(name, head, vocab_size, reach, batch=batch, compiled=compiled, shares_cache=True)
 
 
 class NgramDrafter:

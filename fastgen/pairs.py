@@ -29,4 +29,7 @@ def damp(target: LoadedModel, *, layers: int, factor: float) -> None:
     for block in target.transformer.layers[layers:]:
         for name in ("wo", "w_down"):
             parameters = dict(block.get_submodule(name).named_parameters())
-            (parameters["weight_scale"] if "weight_scale" in parameters else parameters["weight"]).mul_(factor)
+            if "scales" in parameters:  # in the kernels' layout, as bits
+                parameters["scales"].view(target.placement.dtype).mul_(factor)
+            else:
+                (parameters["weight_scale"] if "weight_scale" in parameters else parameters["weight"]).mul_(factor)

@@ -7,7 +7,8 @@ position alone (`Transformer.allocate_cache`). A round of width 1 is plain decod
 
 Rows, drafts and limit are static tensors that the work itself moves on, so on CUDA a round is two graph launches,
 drafting and verifying, whatever the texts do, and the host reads nothing in between. Texts of a batch accept each
-their own number.
+their own number. As in `fastgen.steps`, where the model's stages are kernels only the choice of sampled tokens is left
+to torch.compile.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from fastgen.model import Transformer
 from fastgen.noise import NoiseKey, gumbel, uniform
 from fastgen.options import SamplingOptions
 from fastgen.sampling import Knobs, adjust, log_probabilities, sample
-from fastgen.steps import Cases, Rows
+from fastgen.steps import Cases, Choice, Result, Rows, choose_token, covered_by_kernels, decode_one_token
 
 WIDTHS = (1, 2, 4, 8, MOST_DRAFTS + 1)
 """Tokens that the target takes at once."""
@@ -67,32 +68,64 @@ def width_of(count: int) -> int:
     return next(width for width in WIDTHS if width > count)
 
 
+def needs_no_logits(model: Transformer, options: SamplingOptions, *, logprobs: bool) -> bool:
+    """Whether all that is asked of the logits is where the largest stands."""
+    return options.takes_largest and model.vocabulary.is_whole and not logprobs
+
+
+def decode(
+    model: Transformer, rows: Rows, keys: Tensor, options: SamplingOptions, *, logprobs: bool,
+    choose: Callable[..., Choice] = choose_token,
+) -> Choice:  # fmt: skip
+    """Decode a token of each row and move the rows on to it; `choose` is `choose_token`, compiled."""
+    choice = decode_one_token(model, rows, keys, options, logprobs=logprobs, choose=choose)
+    rows.positions.add_(1)
+    rows.text.scatter_(1, rows.positions[:, None], choice.token[:, None])
+    rows.token.copy_(choice.token)
+    rows.positions.clamp_(max=rows.text.shape[1] - SPARE)
+    return choice
+
+
+def decide(
+    model: Transformer, hidden: Tensor, rows: Rows, tokens: Tensor, probabilities: Tensor | None, limit: Tensor,
+    options: SamplingOptions, *, logprobs: bool,
+) -> Round:  # fmt: skip
+    """Return which drafts stay, tokens[:, 1:] of [B, W], and what follows them, by the target's hidden states
+    [B, W, D]."""
+    own = model.own_logits(hidden)
+    logits = model.vocabulary.join(own)
+    seen = _seen_before(rows.seen, tokens) if options.repetition_penalty != 1.0 else None
+    places = rows.positions[:, None] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
+    key = NoiseKey(seed=rows.seed, sample=rows.samples, position=places)
+    knobs = Knobs(*rows.knobs.unbind())
+    if probabilities is None:
+        verdict = accept_equal(sample(logits, options, key=key, seen=seen, knobs=knobs), tokens[:, 1:], limit)
+    else:
+        target = adjust(logits, options, seen=seen, knobs=knobs).softmax(-1)
+        verdict = _accept_or_resample(rows, target, probabilities, tokens[:, 1:], limit)
+    verdict = verdict._replace(tokens=model.vocabulary.check(verdict.tokens, hidden, own))
+    return Round(*verdict, log_probabilities(logits, verdict.tokens) if logprobs else None)
+
+
 def verify(
     model: Transformer, rows: Rows, tokens: Tensor, probabilities: Tensor | None, limit: Tensor, keys: Tensor,
-    options: SamplingOptions, *, logprobs: bool,
+    options: SamplingOptions, *, logprobs: bool, decide: Callable[..., Round] = decide,
 ) -> Round:  # fmt: skip
     """Verify drafts, tokens[:, 1:] of [B, W], and move the rows behind what was accepted and one token more.
 
     Drafts that were drawn independently come with the `probabilities` [B, W - 1, V] that they were drawn from, and are
-    accepted or resampled; others stay while they equal the target's choice.
+    accepted or resampled; others stay while they equal the target's choice. `decide` is the function of that name,
+    compiled.
     """
     places = rows.positions[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-    drafts = tokens[:, 1:]
-    tokens = torch.cat((rows.token[:, None], drafts), 1).clamp(min=0)
+    tokens = torch.cat((rows.token[:, None], tokens[:, 1:]), 1).clamp(min=0)
     hidden = model(tokens, places, keys, rows.positions + 1)
-    own = model.own_logits(hidden)
-    logits = model.vocabulary.join(own)
-    seen = _seen_before(rows.seen, tokens) if options.repetition_penalty != 1.0 else None
-    key = NoiseKey(seed=rows.seed, sample=rows.samples, position=places + 1)
-    knobs = Knobs(*rows.knobs.unbind())
-    if probabilities is None:
-        verdict = accept_equal(sample(logits, options, key=key, seen=seen, knobs=knobs), drafts, limit)
+    if needs_no_logits(model, options, logprobs=logprobs):
+        done = Round(*accept_equal(model.greedy_token(hidden), tokens[:, 1:], limit), None)
     else:
-        target = adjust(logits, options, seen=seen, knobs=knobs).softmax(-1)
-        verdict = _accept_or_resample(rows, target, probabilities, drafts, limit)
-    verdict = verdict._replace(tokens=model.vocabulary.check(verdict.tokens, hidden, own))
-    _advance(rows, verdict, places + 1, options)
-    return Round(*verdict, log_probabilities(logits, verdict.tokens) if logprobs else None)
+        done = decide(model, hidden, rows, tokens, probabilities, limit, options, logprobs=logprobs)
+    _advance(rows, done, places + 1, options)
+    return done
 
 
 def _accept_or_resample(rows: Rows, target: Tensor, draft: Tensor, drafts: Tensor, limit: Tensor) -> Verdict:
@@ -107,12 +140,12 @@ def _accept_or_resample(rows: Rows, target: Tensor, draft: Tensor, drafts: Tenso
     return accept_or_resample(target, draft, drafts, limit, uniform=chances, gumbel=noise)
 
 
-def _advance(rows: Rows, verdict: Verdict, places: Tensor, options: SamplingOptions) -> None:
+def _advance(rows: Rows, done: Round, places: Tensor, options: SamplingOptions) -> None:
     """Write a round's tokens to where they stand, [B, W], and move the rows to the last real one.
 
     What is written behind it is overwritten by the next round.
     """
-    tokens, counts = verdict
+    tokens, counts, _ = done
     last = tokens.gather(1, counts[:, None] - 1)
     rows.text.scatter_(1, places, tokens)
     if options.repetition_penalty != 1.0:
@@ -133,25 +166,34 @@ class Rounds:
     """Runs rounds for one target and its drafters.
 
     `reach` is the number of positions that a plain step may read; the cache holds `SPARE` more. `widths` are those
-    that will come, `independent` says that drafts are drawn apart from the target's noise.
+    that will come, for `batch` texts; `independent` says that drafts are drawn apart from the target's noise.
     """
 
     def __init__(
-        self, model: Transformer, drafters: Sequence[Drafter], reach: int, *, widths: Sequence[int], compiled: bool
-    ) -> None:
+        self, model: Transformer, drafters: Sequence[Drafter], reach: int, *, batch: int, widths: Sequence[int],
+        compiled: bool,
+    ) -> None:  # fmt: skip
         device = model.embedding.weight.device
+        on_gpu = compiled and device.type == "cuda"
+        by_kernels = compiled and covered_by_kernels(model, batch * max(widths))
         self.model, self.drafters, self.widths = model, drafters, widths
-        self.compiled, self.independent = compiled, False
-        self.burst = burst_of(model.weight_bytes()) if compiled and device.type == "cuda" else 1
-        self.bounds = bounds_below(reach)
+        self.independent, self._dynamic = False, compiled and not by_kernels
+        self.burst = burst_of(model.weight_bytes()) if on_gpu else 1
+        self.bounds = [reach] if by_kernels else bounds_below(reach)
         self._positions = torch.arange(reach + SPARE, device=device)
+        self._decode_one: Callable[..., Choice] = decode
+        self._choose: Callable[..., Choice] | None = None
         self._verify: Callable[..., Round] = verify
         self._cases = Cases(compiled)
-        self._graphs = Graphs() if compiled and device.type == "cuda" else None
+        self._graphs = Graphs() if on_gpu else None
         self._rows: Rows | None = None
         self._drafts: Drafts | None = None
-        if compiled:
-            self._verify = torch.compile(verify, fullgraph=True, dynamic=False)
+        compile_step = partial(torch.compile, fullgraph=True, dynamic=False)
+        if by_kernels:
+            self._choose = compile_step(choose_token)
+            self._verify = partial(verify, decide=compile_step(decide))
+        elif compiled:
+            self._decode_one, self._verify = compile_step(decode), compile_step(verify)
 
     @property
     def rows(self) -> Rows:
@@ -203,33 +245,34 @@ class Rounds:
 
     def _decode(self, bound: int, options: SamplingOptions, logprobs: bool) -> Round:
         """Make `burst` plain steps, as one round of so many tokens."""
-        tokens, _, limit = self._static_drafts()
-        steps = []
-        for _ in range(self.burst):
-            arguments = (self.model, self.rows, tokens[:, :1].contiguous(), None, limit, self._keys(bound), options)
-            steps.append(self._call(("plain", options, logprobs), logprobs, arguments))
-        if self.burst == 1:
-            return steps[0]
-        together = torch.cat([step.tokens for step in steps], 1)
-        given = torch.cat([step.logprobs for step in steps if step.logprobs is not None], 1) if logprobs else None
-        return Round(together, torch.full_like(limit.expand(len(together)), self.burst), given)
+        arguments = (self.model, self.rows, self._keys(bound), options)
+        decode_one = self._decode_one
+        if self._choose and not needs_no_logits(self.model, options, logprobs=logprobs):
+            decode_one = partial(decode_one, choose=self._choose)
+        case = ("plain", options, logprobs)
+        steps = [self._call(case, decode_one, logprobs, arguments) for _ in range(self.burst)]
+        tokens = torch.stack([step.token for step in steps], 1)
+        given = torch.stack([step.logprob for step in steps if step.logprob is not None], 1) if logprobs else None
+        return Round(tokens, torch.full_like(tokens[:, 0], self.burst), given)
 
     def _verify_drafts(self, width: int, bound: int, options: SamplingOptions, logprobs: bool) -> Round:
         drafts = self._static_drafts()
         tokens = drafts.tokens[:, :width].contiguous()
         probabilities = drafts.probabilities[:, : width - 1].contiguous() if self.independent else None
         case: tuple[object, ...] = ("verify", options, logprobs)
-        if self.compiled and len(self.widths) > 2 and tokens.shape[0] == 1 and width > SINGLE:
+        if self._dynamic and len(self.widths) > 2 and tokens.shape[0] == 1 and width > SINGLE:
             # One graph for all; that none exceeds 16 tokens is what quantized linears and kernels need to know.
             torch._dynamo.mark_dynamic(tokens, 1, min=SINGLE + 1, max=WIDTHS[-1])
         else:
             case = (*case, width)
         arguments = (self.model, self.rows, tokens, probabilities, drafts.limit, self._keys(bound), options)
-        return self._call(case, logprobs, arguments)
+        return self._call(case, self._verify, logprobs, arguments)
 
-    def _call(self, case: tuple[object, ...], logprobs: bool, arguments: tuple[object, ...]) -> Round:
+    def _call(
+        self, case: tuple[object, ...], step: Callable[..., Result], logprobs: bool, arguments: tuple[object, ...]
+    ) -> Result:
         case = (*case, self.rows.token.shape, self.rows.seen.shape, self.independent)
-        return self._cases.run(case, partial(self._verify, logprobs=logprobs), *arguments)
+        return self._cases.run(case, partial(step, logprobs=logprobs), *arguments)
 
     def _bound(self, filled: int) -> int:
         """Return how many positions attention reads for `filled` tokens."""
@@ -239,7 +282,7 @@ class Rounds:
 
     def _keys(self, bound: int) -> Tensor:
         keys = self._positions[:bound]
-        if self.compiled:
+        if self._dynamic:
             torch._dynamo.mark_dynamic(keys, 0)
         return keys
 

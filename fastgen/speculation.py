@@ -63,7 +63,9 @@ def own_model(model: LoadedModel, speculation: Speculation) -> Transformer | Non
     return draft.transformer if isinstance(draft, LoadedModel) and draft.transformer is not model.transformer else None
 
 
-def make_drafters(model: LoadedModel, speculation: Speculation, reach: int, *, compiled: bool) -> list[Drafter]:
+def make_drafters(
+    model: LoadedModel, speculation: Speculation, reach: int, *, batch: int, compiled: bool
+) -> list[Drafter]:  # fmt: skip
     """Return the draft's drafter and, where `auto` may choose, the n-gram drafter."""
     transformer, draft = model.transformer, speculation.draft
     vocab_size, layers = model.config.vocab_size, len(transformer.layers)
@@ -72,12 +74,12 @@ def make_drafters(model: LoadedModel, speculation: Speculation, reach: int, *, c
         return [ngram]
     own = own_model(model, speculation)
     if own is not None:
-        drafter = ModelDrafter("model", own, vocab_size, reach, compiled=compiled)
+        drafter = ModelDrafter("model", own, vocab_size, reach, batch=batch, compiled=compiled)
     else:
         count = str(draft).removeprefix("self:") if isinstance(draft, str) else str(layers)
         if not count.isdecimal() or not 1 <= int(count) <= layers:
             raise UsageError(f"--draft {draft}: expected a model, ngram, none, or self:N with N from 1 to {layers}")
-        drafter = self_drafter(f"self:{count}", transformer, int(count), reach, compiled=compiled)
+        drafter = self_drafter(f"self:{count}", transformer, int(count), reach, batch=batch, compiled=compiled)
     return [drafter, ngram] if speculation.count == AUTO else [drafter]
 
 

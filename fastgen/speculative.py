@@ -66,10 +66,12 @@ class SpeculativeEngine(Engine):
         self._drafted = 0  # the draft's cache is filled below this position, as far as each row reaches
         self._behind = False  # whether rounds without the draft have moved the rows on since
         super().__init__(model, batch=batch, max_seq_len=max_seq_len, compile=compile)
-        self.drafters = make_drafters(model, speculation, self._reach, compiled=compile)
+        self.drafters = make_drafters(model, speculation, self._reach, batch=batch, compiled=compile)
         self.arms = make_arms(speculation, self.drafters)
         widths = sorted({width_of(arm.drafts) for arm in (*self.arms, PLAIN)})
-        self._rounds = Rounds(model.transformer, self.drafters, self._reach, widths=widths, compiled=compile)
+        self._rounds = Rounds(
+            model.transformer, self.drafters, self._reach, batch=batch, widths=widths, compiled=compile
+        )  # fmt: skip
         self.pace: Pace | None = None if speculation.count == AUTO else FixedPace(self.arms[0])
 
     def figures(self) -> SpeculationMetrics:

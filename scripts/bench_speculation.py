@@ -8,8 +8,12 @@ damped by several factors, which gives several agreements. For each, and for eve
     speed-up   plain decoding's time over speculation's, first token apart, the same tokens
     formula    (1 - a^(K + 1)) / ((1 - a) (v + K c)), what a, v and c promise; `share` is what came of it
 
-`same` says whether the text is plain decoding's, token for token. `auto` has no formula. With --pair the embedded pair
-is measured instead of a shape.
+`same` says whether the text is plain decoding's, token for token. `auto` has no formula. `--cases 0.01 1@0.3` are a
+factor each and, behind an @, a temperature; an undamped pair at a low temperature is text that nobody guesses. With
+--model a real target is measured instead of a shape, and whoever --draft names:
+
+    scripts/bench_speculation.py --model stories --draft stories-draft --rounds 5
+    scripts/bench_speculation.py --model smollm2 --draft ngram --prompt "$(cat poem.txt)"
 """
 
 import argparse
@@ -20,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -36,22 +41,26 @@ from fastgen.speculative import SpeculativeEngine
 Run = tuple[list[int], float]
 """The tokens of a text, and the seconds a token that all but the first took."""
 
+AnyEngine = TypeVar("AnyEngine", bound=Engine)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print one row each, and write the records as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-2-7b")
-    parser.add_argument("--pair", action="store_true")
+    parser.add_argument("--model", help="a real target, as of every command, in the place of a shape")
+    parser.add_argument("--draft", default="ngram", help="of a --model: a model, ngram or self:N")
+    parser.add_argument("--prompt", default="Once upon a time")
     parser.add_argument("--quant", choices=("int8", "int4"))
     parser.add_argument("--kernels", default="reference", choices=("reference", "fused"))
     parser.add_argument("--device")
     parser.add_argument("--dtype")
-    parser.add_argument("--layers", type=int, default=2, help="layers of the draft")
-    parser.add_argument("--factors", type=float, nargs="+", default=[0.003, 0.01])
+    parser.add_argument("--layers", type=int, default=2, help="layers of a shape's draft")
+    parser.add_argument("--cases", nargs="+", default=["0.003", "0.01"], metavar="FACTOR[@TEMPERATURE]")
     parser.add_argument("--speculate", nargs="+", default=["3", "7", "auto"])
-    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sampled, drafts coupled")
     parser.add_argument("--new-tokens", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="texts a figure is the median of")
+    parser.add_argument("--rounds", type=int, default=1, help="times to measure all: a CPU's speed drifts")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--output")
     config = parser.parse_args(argv)
@@ -65,50 +74,58 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(config: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """Yield one record for every factor and number of drafts."""
+    """Yield one record for every case and number of drafts."""
     target, draft = load(config)
-    setting = {"batch": 1, "max_seq_len": config.new_tokens + 64, "compile": not config.no_compile}
-    sampling = SamplingOptions(temperature=config.temperature)
-    options = GenerationOptions(max_new_tokens=config.new_tokens, ignore_eos=True, sampling=sampling)
-    plain = Engine(target, **setting)
-    began = time.perf_counter()
-    plain.warm_up(options)
-    print(f"plain: ready after {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    room = len(target.tokenizer.encode(config.prompt)) + config.new_tokens + 1
+    setting = {"batch": 1, "max_seq_len": room, "compile": not config.no_compile}
+    plain = warm(Engine(target, **setting), "plain")
     engines: dict[str, SpeculativeEngine] = {}
     damped = 1.0
-    for factor in config.factors:
-        if not config.pair:
-            damp(target, layers=config.layers, factor=factor / damped)
-            damped = factor
+    for case in config.cases * config.rounds:
+        factor, _, temperature = case.partition("@")
+        sampling = SamplingOptions(temperature=float(temperature or 0))
+        options = GenerationOptions(max_new_tokens=config.new_tokens, ignore_eos=True, sampling=sampling)
+        if config.model is None:
+            damp(target, layers=config.layers, factor=float(factor) / damped)
+            damped = float(factor)
         expected, step = timed(plain, options, config)
         for count in config.speculate:
             if count not in engines:
-                began = time.perf_counter()
                 speculation = Speculation(draft=draft, count=count if count == AUTO else int(count))
-                engines[count] = SpeculativeEngine(target, speculation, **setting)
-                engines[count].warm_up(options)
-                print(f"{count}: ready after {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+                engines[count] = warm(SpeculativeEngine(target, speculation, **setting), count)
             found, seconds = timed(engines[count], options, config)
-            yield record(config, target, engines[count], factor, found == expected, step, seconds)
+            yield record(config, case, engines[count], found == expected, step, seconds)
 
 
-def load(config: argparse.Namespace) -> tuple[LoadedModel, LoadedModel]:
+def warm(engine: AnyEngine, name: str) -> AnyEngine:
+    """Return the engine, warm for greedy texts; the first sampled one warms it up for those."""
+    began = time.perf_counter()
+    engine.warm_up()
+    print(f"{name}: ready after {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    return engine
+
+
+def load(config: argparse.Namespace) -> tuple[LoadedModel, LoadedModel | str]:
     """Return the target and its draft."""
-    placement = choose_placement(config.device, config.dtype)
-    if config.pair:
-        target = load_model("stories", device=config.device, dtype=config.dtype, quant=config.quant)
-        draft = load_model("stories-draft", device=config.device, dtype=config.dtype)
-        use_kernels(draft, config.kernels, compile=not config.no_compile)
-    else:
+    place = {"device": config.device, "dtype": config.dtype}
+    compiled = not config.no_compile
+    if config.model is None:
         scheme = make_scheme(config.quant, group_size=128, symmetric=False, keep=None)
-        target = random_model(shape(config.shape), placement, scheme=scheme)
-    use_kernels(target, config.kernels, compile=not config.no_compile)
-    return target, draft if config.pair else first_layers(target, config.layers)
+        target = random_model(shape(config.shape), choose_placement(**place), scheme=scheme)
+        use_kernels(target, config.kernels, compile=compiled)
+        return target, first_layers(target, config.layers)
+    target = load_model(config.model, quant=config.quant, **place)
+    use_kernels(target, config.kernels, compile=compiled)
+    if config.draft == "ngram" or config.draft.startswith("self:"):
+        return target, config.draft
+    draft = load_model(config.draft, **place)
+    use_kernels(draft, config.kernels, compile=compiled)
+    return target, draft
 
 
 def timed(engine: Engine, options: GenerationOptions, config: argparse.Namespace) -> Run:
     """Return the last of `repeats` + 1 equal texts, and the median time."""
-    prompt = engine.encode(["Once upon a time"])
+    prompt = engine.encode([config.prompt])
     seconds = []
     for _ in range(config.repeats + 1):  # the first warms up
         steps = engine.tokens(prompt, options, samples=[0])
@@ -118,20 +135,21 @@ def timed(engine: Engine, options: GenerationOptions, config: argparse.Namespace
 
 
 def record(
-    config: argparse.Namespace, target: LoadedModel, engine: SpeculativeEngine, factor: float, same: bool,
-    step: float, seconds: float,
-) -> dict[str, object]:  # fmt: skip
+    config: argparse.Namespace, case: str, engine: SpeculativeEngine, same: bool, step: float, seconds: float
+) -> dict[str, object]:
     """Return one row."""
-    tally, count = engine.tally, engine.speculation.count
+    tally, count, target = engine.tally, engine.speculation.count, engine.model
+    factor, _, temperature = case.partition("@")
     row: dict[str, object] = {
-        "model": "stories" if config.pair else config.shape,
+        "model": config.model or config.shape,
         "format": target.format,
         "kernels": config.kernels,
         "compiled": engine.compiled,
-        "draft": "stories-draft" if config.pair else f"first {config.layers} layers",
-        "factor": None if config.pair else factor,
+        "draft": config.draft if config.model else f"first {config.layers} layers",
+        "factor": None if config.model else float(factor),
+        "prompt": config.prompt if config.model else None,
         "drafts": count,
-        "temperature": config.temperature,
+        "temperature": float(temperature or 0),
         "new_tokens": config.new_tokens,
         "same": same,
         "plain_ms": 1e3 * step,
@@ -139,7 +157,7 @@ def record(
         "speedup": step / seconds,
         "agreement": tally.acceptance,
         "accepted": {str(place): tally.accepted[place] for place in sorted(tally.accepted)},
-        "arms": {f"{engine.drafters[arm.drafter].name} {arm.drafts}": rounds for arm, rounds in tally.arms.items()},
+        "arms": engine.figures().arms,
         "recompiles": engine.recompiles,
         "device": describe(target.placement.device),
         "versions": versions(),

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from fastgen import drafters, rounds
 from fastgen.engine import Engine
 from fastgen.load import use_kernels
 from fastgen.options import GenerationOptions, SamplingOptions
+from fastgen.pace import PLAIN
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
+from fastgen.steps import count_compilations
 from tests.models import random_model
 from tests.test_engine import text_of
 
@@ -35,6 +38,25 @@ def test_compiled_rounds_give_plain_tokens_and_nothing_recompiles() -> None:
 
 def test_auto_compiles_all_that_it_may_choose_beforehand() -> None:
     check(SpeculativeEngine(random_model(max_seq_len=400), Speculation(draft="self:1"), compile=True), GREEDY)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_where_stages_are_kernels_only_choices_compile(
+    options: GenerationOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with PyTorch's stages in the place of the kernels."""
+    for module in (rounds, drafters):
+        monkeypatch.setattr(module, "covered_by_kernels", lambda model, tokens: True)
+    target, draft = random_model(max_seq_len=400), random_model(1, max_seq_len=400, n_layers=1)
+    engine = SpeculativeEngine(target, Speculation(draft=draft, count=3), compile=True)
+    target.transformer.by_region = draft.transformer.by_region = False  # which is for CPUs
+    before = count_compilations()
+    with torch.inference_mode():
+        for arm in (*engine.arms, PLAIN):
+            engine._warm_arm(arm, 40, options)
+    graphs = count_compilations() - before
+    check(engine, options)
+    assert graphs == (0 if options is GREEDY else 4), "two of the draft, one of the target, one of plain decoding"
 
 
 @pytest.mark.long
