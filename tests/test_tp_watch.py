@@ -131,10 +131,15 @@ def test_ranks_that_were_all_stopped_together_go_on(tmp_path: Path) -> None:
     with crew(tmp_path, going, going) as ranks:
         ranks.wait(lambda: all((tmp_path / f"rank{rank}").exists() for rank in range(2)))
         time.sleep(1)
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            for process in ranks.processes:
-                process.send_signal(number)
-            time.sleep(TIMEOUT + 1 if number == signal.SIGSTOP else 0)
+        first, second = ranks.processes
+        for process, number, pause in (
+            (second, signal.SIGSTOP, 1),  # until the first has read all that the second said
+            (first, signal.SIGSTOP, TIMEOUT),
+            (first, signal.SIGCONT, 0.3),
+            (second, signal.SIGCONT, 0),
+        ):
+            process.send_signal(number)
+            time.sleep(pause)
         assert ranks.ended() == [0, 0] and ranks.told() == ["", ""]
 
 
