@@ -71,14 +71,17 @@ def main() -> None:
     parser.add_argument("--formats", default=",".join(FORMATS))
     arguments = parser.parse_args()
     ranks, device = join(arguments.device)
-    findings = [check(name, ranks, device, arguments.kernels) for name in arguments.formats.split(",")]
+    findings: list[Finding] = []
+    for name in arguments.formats.split(","):
+        findings.append(check(name, ranks, device, arguments.kernels))
+        if ranks.leads:
+            print(findings[-1], flush=True)
     if ranks.leads:
         place = torch.device(device or "cpu")
         document = {"world_size": ranks.world, "kernels": arguments.kernels, "device": describe(place)}
         document |= {"versions": versions(), "findings": [vars(finding) for finding in findings]}
         if arguments.output:
             arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-        print(json.dumps(document, indent=1))
     ranks.wait()
     wrong = [finding.format for finding in findings if not finding.is_right]
     assert not wrong, f"rank {ranks.rank}: {', '.join(wrong)} differ from one device"
