@@ -5,7 +5,7 @@ import torch
 
 from fastgen import drafters, rounds
 from fastgen.engine import Engine
-from fastgen.load import use_kernels
+from fastgen.load import LoadedModel, use_kernels
 from fastgen.options import GenerationOptions, SamplingOptions
 from fastgen.pace import PLAIN
 from fastgen.speculation import Speculation
@@ -95,11 +95,23 @@ def test_rounds_in_cuda_graphs_give_plain_tokens(draft: str, count: int | str) -
     check(engine, SAMPLED)
 
 
+SHAPE = {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "hidden_dim": 512, "n_layers": 3}
+
+
+def kernel_models(kernels: str) -> tuple[LoadedModel, LoadedModel]:
+    """A target and a draft in bf16 on a GPU."""
+    target, draft = (random_model(seed, device="cuda", dtype="bf16", max_seq_len=400, **SHAPE) for seed in (0, 1))
+    for model in (target, draft):
+        use_kernels(model, kernels, compile=True)
+    return target, draft
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_the_host_waits_for_nothing_while_it_queues_rounds() -> None:
-    target = random_model(device="cuda", max_seq_len=400)
-    engine = SpeculativeEngine(target, Speculation(draft=random_model(1, device="cuda"), count=3), compile=True)
+@pytest.mark.parametrize("kernels", ["fused", "reference"])
+def test_the_host_waits_for_nothing_while_it_queues_rounds(kernels: str) -> None:
+    target, draft = kernel_models(kernels)
+    engine = SpeculativeEngine(target, Speculation(draft=draft, count=3), compile=True)
     engine.warm_up(GREEDY)
     engine.generate([PROMPTS[0]], GREEDY)
     with torch.inference_mode():
@@ -115,10 +127,7 @@ def test_the_host_waits_for_nothing_while_it_queues_rounds() -> None:
 @pytest.mark.gpu
 def test_fused_kernels_verify_what_they_decode_bit_for_bit() -> None:
     """In bf16, with kernels whose sums have one order for 1 to 16 tokens: no token differs, at any width."""
-    shape = {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "hidden_dim": 512, "n_layers": 3}
-    target, draft = (random_model(seed, device="cuda", dtype="bf16", max_seq_len=400, **shape) for seed in (0, 1))
-    for model in (target, draft):
-        use_kernels(model, "fused", compile=True)
+    target, draft = kernel_models("fused")
     plain = Engine(target, max_seq_len=400, compile=True)
     plain.warm_up(GREEDY)
     expected = [plain.generate([prompt], GREEDY)[0].tokens for prompt in PROMPTS]
