@@ -103,6 +103,19 @@ def test_a_rank_that_is_stopped_is_killed(tmp_path: Path) -> None:
         assert ranks.told() == ["", "fastgen: rank 0 of 2 has not answered for 3 s, in load: all processes end\n"]
 
 
+def test_of_ranks_that_are_equally_far_the_one_that_is_stopped_has_stalled(tmp_path: Path) -> None:
+    stopping = "watch.at('decode'); sleep(0.5); import os; os.kill(os.getpid(), 19)"
+    with crew(tmp_path, WAITING, WAITING, stopping) as ranks:
+        assert ranks.ended() == [6, 6, -9]
+        assert ranks.told() == ["fastgen: rank 2 of 3 has not come on for 3 s, in decode: all processes end\n", "", ""]
+
+
+def test_all_that_are_stopped_are_killed(tmp_path: Path) -> None:
+    stopping = "watch.at('decode'); sleep(0.5); import os; os.kill(os.getpid(), 19)"
+    with crew(tmp_path, stopping, WAITING, stopping) as ranks:
+        assert ranks.ended() == [-9, 6, -9]
+
+
 def test_all_that_stand_still_in_a_step_have_stalled_and_in_loading_they_have_not(tmp_path: Path) -> None:
     with crew(tmp_path, *["watch.at('decode'); sleep(40)"] * 2) as ranks:
         assert sorted(ranks.ended()) == [-9, 6]

@@ -39,6 +39,9 @@ from fastgen.errors import INTERRUPTED, RankLostError
 from tp.place import Place, place_from_environment
 
 PERIOD = 0.5
+QUIET = 4 * PERIOD
+"""Seconds after which a rank that says nothing may be stopped."""
+
 GRACE = 1.0  # for the others to fail too, or for the message to be written
 INTERRUPT_GRACE = 2.0
 BUSY = ("prefill", "decode")
@@ -215,7 +218,7 @@ class Watch:
         while True:
             events = self._selector.select(PERIOD)
             now = time.monotonic()
-            if now - woken > 4 * PERIOD:  # we were stopped, perhaps with all the others: their silence means nothing
+            if now - woken > QUIET:  # we were stopped, perhaps with all the others: their silence means nothing
                 for peer in self._peers.values():
                     peer.heard = peer.moved = now
                 self._moved = now
@@ -311,6 +314,9 @@ class Watch:
         ahead = phase != INPUT and any(other[0] > progress for other in standing)
         together = all(other[3] in BUSY and now - other[2] > self._timeout for other in standing)
         if now - moved > self._timeout and (ahead or together):
+            # Those that wait for a rank have come no farther; the one that says nothing is what they wait for.
+            quiet = [(peer.heard, rank, peer.phase) for rank, peer in present if now - peer.heard > QUIET]
+            _, last, phase = min(quiet, default=(now, last, phase))
             self._lose(last, f"has not come on for {self._timeout:.0f} s, in {phase}")
 
     def _lose(self, rank: int, what: str) -> None:
@@ -319,10 +325,12 @@ class Watch:
         self._end_lost(rank, what)
 
     def _end_lost(self, rank: int, what: str) -> None:
-        peer = self._peers.get(rank)
-        if peer and peer.machine == _machine():
-            with contextlib.suppress(OSError):
-                os.kill(peer.pid, signal.SIGKILL)  # it may be stopped, and so hear nothing
+        now = time.monotonic()
+        for other, peer in self._peers.items():
+            lost = other == rank or (not peer.gone and now - peer.heard > QUIET)
+            if lost and peer.machine == _machine():
+                with contextlib.suppress(OSError):
+                    os.kill(peer.pid, signal.SIGKILL)  # it may be stopped, and so hear nothing
         subject = f"rank {rank} of {self.place.world} " if rank >= 0 else ""
         self._end(f"{subject}{what}: all processes end", RankLostError.exit_status, 1 if rank == 0 else 0)
 
