@@ -306,7 +306,7 @@ def _with_shards(folder: Path, base: Base) -> Tensors:
 
 
 def _with_torch(folder: Path, base: Base) -> Tensors:
-    return torch.load(folder / "pytorch_model.bin", weights_only=True)
+    return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
 
 
 READERS: Mapping[str, Callable[[Path, Base], Tensors]] = {

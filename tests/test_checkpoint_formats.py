@@ -264,6 +264,19 @@ def test_torch_views_and_shared_storages_give_their_own_elements(tmp_path: Path)
     assert torch.equal(tensors["layers.1.w_down.weight"][3:9, 5:50], model[transposed][3:9, 5:50])
 
 
+def test_torch_records_are_found_by_their_names_not_by_their_order(tmp_path: Path) -> None:
+    """Two records of one size that stand in the other's place, as after an archive was packed anew."""
+    folder = write_torch(tmp_path / "model", LLAMA, make_model(LLAMA))
+    path = folder / "pytorch_model.bin"
+    whole, before = path.read_bytes(), torch.load(path, weights_only=True)
+    first, second = b"pytorch_model/data/3", b"pytorch_model/data/6"
+    path.write_bytes(whole.replace(first, b"#" * 20).replace(second, first).replace(b"#" * 20, second))
+    assert path.stat().st_size == len(whole), "records with these names, and no longer ones"
+    after = torch.load(path, weights_only=True)
+    assert any(not torch.equal(after[name], before[name]) for name in before), "they are of one size"
+    assert_same(open_checkpoint(folder).tensors, fused(after))
+
+
 def test_the_dtype_is_that_of_most_weights(tmp_path: Path) -> None:
     model = make_model(LLAMA)
     mixed = {name: tensor.bfloat16() if tensor.dim() == 2 else tensor for name, tensor in model.items()}

@@ -4,9 +4,12 @@ Such a file is a zip archive: `data.pkl`, which says what the tensors are, and o
 each storage. The pickle is read with `weights_only=True`, which admits nothing but tensors and containers, and onto
 the meta device, for which PyTorch 2.11 and newer read no storage but note where it lies (`_checkpoint_offset`).
 That place is believed only where the archive's own directory has a record of just that size; then it is read like
-any other file, without a memory map.
+any other file, without a memory map. In archives of a newer kind PyTorch would work the places out from the order and
+the sizes of the storages, not look up the records by their names; it is not let see which kind it reads.
 """
 
+import io
+import os
 import pickle
 import re
 import struct
@@ -14,6 +17,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,12 +25,16 @@ from fastgen.checkpoint.lazy import Bounds, FileTensor, LazyTensor
 from fastgen.errors import ModelFileError
 from fastgen.files import RandomAccessFile
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
+
 END = struct.Struct("<4s8xI6x")  # of a zip archive: signature, ..., size of the directory
 LOCATOR, END64 = struct.Struct("<4s4xQ4x"), struct.Struct("<4s36xQ8x")  # in front of it, where the archive has them
 UNKNOWN = 0xFFFFFFFF  # a size that `END64` tells
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of the name and the extra field
 UTF8_FLAG = 0x800  # of a zip record: how its name is spelled
 KNOWN_FLAGS = UTF8_FLAG | 0x8  # and that sizes follow the bytes; the others are of encryption and patches
+KIND = b"/.format_version"
 FOLDER = 0x10  # of a zip record's attributes: PyTorch reads nothing of such a one, and says nothing
 MAX_PICKLE = MAX_DIRECTORY = 1 << 20  # bytes; either describes 3,000 tensors, a hostile pickle takes a second
 
@@ -59,8 +67,8 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
         raise ModelFileError(
             f"{path}: a PyTorch file in the form of before version 1.6; load it with torch.load and save it again"
         )
-    records = _records(file)
-    state = _load(path)
+    records, directory = _records(file)
+    state = _load(file, directory)
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise ModelFileError(f"{path}: holds a {type(state).__name__} where a dict of tensors by name is expected")
     return {name: _lazy(file, records, name, value) for name, value in state.items()}
@@ -91,12 +99,12 @@ class StridedTensor(LazyTensor):
         return elements.as_strided(shape, self.strides).clone(memory_format=torch.contiguous_format)
 
 
-def _records(file: RandomAccessFile) -> dict[int, int]:
-    """Return the size of every record of the archive by the offset of its bytes."""
+def _records(file: RandomAccessFile) -> tuple[dict[int, int], range]:
+    """Return the size of every record of the archive by the offset of its bytes, and where its directory lies."""
     _check_directory(file)
     try:
         with zipfile.ZipFile(file.path) as archive:
-            entries = archive.infolist()
+            entries, directory = archive.infolist(), range(archive.start_dir, file.size)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
         raise ModelFileError(f"{file.path}: damaged or truncated zip archive: {error}; fetch it again") from error
     records = {}
@@ -119,7 +127,7 @@ def _records(file: RandomAccessFile) -> dict[int, int]:
         if name == "byteorder" and file.read(offset, min(entry.file_size, 6)) != b"little":
             raise ModelFileError(f"{place} is not 'little'; save the file again on a little-endian machine")
         records[offset] = entry.file_size
-    return records
+    return records, directory
 
 
 def _check_directory(file: RandomAccessFile) -> None:
@@ -138,9 +146,31 @@ def _check_directory(file: RandomAccessFile) -> None:
         raise ModelFileError(f"{file.path}: damaged or truncated zip archive: no directory at its end; fetch it again")
 
 
-def _load(path: Path) -> object:
+class _ByName(io.FileIO):
+    """An archive in whose directory the record `KIND` has another name."""
+
+    def __init__(self, path: Path, directory: bytes, start: int) -> None:
+        super().__init__(path)
+        self._places = [start + found.end() - 1 for found in re.finditer(re.escape(KIND), directory)]
+
+    def readinto(self, buffer: "Buffer", /) -> int:
+        start, view = self.tell(), memoryview(buffer)
+        count = super().readinto(view) or 0
+        for place in self._places:
+            if start <= place < start + count:
+                view[place - start] = ord("_")
+        return count
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        rest = os.fstat(self.fileno()).st_size - self.tell()
+        data = bytearray(max(rest if size is None or size < 0 else min(size, rest), 0))
+        return bytes(data[: self.readinto(data)])
+
+
+def _load(file: RandomAccessFile, directory: range) -> object:
+    path, names = file.path, bytes(file.read(directory.start, len(directory)))
     try:
-        with path.open("rb") as stream, warnings.catch_warnings():
+        with _ByName(path, names, directory.start) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle: whatever matters in it is an error
             return torch.load(stream, map_location="meta", weights_only=True)
     except LOAD_ERRORS as error:
