@@ -134,7 +134,10 @@ def locate(
         bytes=sum(sizes[name] for name in missing),
     )
     if not missing:
-        return download.run()
+        folder = Path(str(try_to_load_from_cache(repo, files[0], revision=commit))).parent
+        with contextlib.suppress(OSError):  # of a cache that can only be read
+            _note_commit(folder, revision or constants.DEFAULT_REVISION)
+        return folder / opened
     _require_space(download)
     return download
 
@@ -244,6 +247,11 @@ def _explained(repo: str, revision: str | None, hint: str = "") -> Iterator[None
             f"again when it can, or give a folder{hint}"
         ) from error
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise CapacityError(
+                f"{repo}: {constants.HF_HUB_CACHE} cannot be written: {error.strerror}; let HF_HUB_CACHE name another "
+                "folder"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CapacityError(

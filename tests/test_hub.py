@@ -210,6 +210,20 @@ def test_a_disk_that_fills_up_is_said_too(server: FakeHub, monkeypatch: pytest.M
         fetch()
 
 
+def test_a_cache_that_can_only_be_read_serves_and_is_said(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    server.files = {"a.gguf": b"GGUF"}
+    file = fetch()
+    monkeypatch.setattr(hub, "_note_commit", refused)
+    assert hub.locate(REPO) == file
+    server.files = {"b.gguf": b"GGUF", **server.files}
+    monkeypatch.setattr(hub, "_turn", refused)
+    with pytest.raises(CapacityError, match="cannot be written: Read-only file system; let HF_HUB_CACHE name another"):
+        fetch(f"{REPO}/b.gguf")
+
+
 def test_what_a_repository_must_have() -> None:
     def needed(*names: str, file: str | None = None) -> list[str]:
         return needed_files("a/b", sorted(names), Path, file)[0]
