@@ -1,10 +1,11 @@
-"""Weights and activations as lanes of a warp hold them for mma.m16n8k16: what `packed_product` is made of.
+"""What one lane does by hand: private copies into shared memory, and the operands of mma.m16n8k16.
 
-A tensor [WARPS, 32] in the layout `lanes` is one register of every lane; a function that returns several of them
-returns what a lane has in several registers. Moving between layouts is free or does not compile (`assert_trivial`).
-Pairs are two 16-bit floats, bf16 or fp16, in 32 bits. Gluon is Triton with explicit layouts.
+Everything here is a tensor [warps, 32] in the layout `lanes`: one register of every lane. What a lane copies it reads
+back itself, or leaves to its own warp, so a warp waits for its own copies (`arrive`) and never for another warp.
+Triton's own operations on shared memory put a barrier of the whole program around each; these are PTX, which Triton
+takes as it is. Pairs are two 16-bit floats, bf16 or fp16, in 32 bits. Gluon is Triton with explicit layouts.
 
-Sources: conversion of integers in the mantissa, arXiv 2211.10017; PTX ISA, mma.m16n8k16, lop3.
+Sources: conversion of integers in the mantissa, arXiv 2211.10017; PTX ISA, cp.async, mma.m16n8k16, lop3.
 """
 
 from triton.experimental import gluon
@@ -36,13 +37,132 @@ def lanes(warps):
 
 
 @gluon.constexpr_function
-def along(warps, dim):
-    """Return the layout of one dimension of [warps, 32, 4, 4], 16 words a lane."""
-    layout = gl.BlockedLayout([1, 1, 4, 4], [1, 32, 1, 1], [warps, 1, 1, 1], [3, 2, 1, 0])
-    for other in (3, 2, 1, 0):
-        if other != dim:
-            layout = gl.SliceLayout(other, layout)
-    return layout
+def copy_text(size, source, target):
+    """Return PTX that copies `size` bytes, 16 a lane and 512 a warp at a time, from $2 + source to $1 + target."""
+    copy = "cp.async.cg.shared.global [$1 + {0}], [$2 + {1}], 16, $3;"
+    lines = [copy.format(target + at, source + at) for at in range(0, size - size % 512, 512)]
+    if size % 512:
+        at = size - size % 512
+        lines.append("setp.ne.b32 p, $4, 0; @p " + copy.format(target + at, source + at))
+    return "{ .reg .pred p; " + " ".join(lines) + " mov.b32 $0, 0; }"
+
+
+@gluon.jit
+def copy(target, source, bytes_a_lane, in_tail, SIZE: gl.constexpr, FROM: gl.constexpr, TO: gl.constexpr):
+    """Start a warp's copy of SIZE bytes, from source + FROM in global to target + TO in shared memory.
+
+    source and target are a lane's own; bytes_a_lane is 16, or 0 to fill with zeros; in_tail says whether the lane has
+    a part of the last SIZE % 512 bytes.
+    """
+    gl.inline_asm_elementwise(
+        copy_text(SIZE, FROM, TO), "=r,r,l,r,r", [target, source, bytes_a_lane, in_tail],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def statement(TEXT: gl.constexpr):
+    """A statement of PTX without operands, in its place among loads, stores and other statements."""
+    gl.inline_asm_elementwise(TEXT + " // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def commit():
+    """End a group of copies; every lane counts its own."""
+    statement("cp.async.commit_group;")
+
+
+@gluon.jit
+def arrive(AHEAD: gl.constexpr):
+    """Wait until all groups but the newest AHEAD have arrived, for all lanes of the warp."""
+    gl.inline_asm_elementwise(
+        f"cp.async.wait_group {AHEAD}; bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def barrier():
+    """Let all warps of the program meet."""
+    statement("bar.sync 0;")
+
+
+@gluon.jit
+def shared_memory(BYTES: gl.constexpr, WARPS: gl.constexpr):
+    """Return the program's shared memory and its address; `_keep_alive` of the first stands at the kernel's end.
+
+    The address is that of Triton's symbol for all shared memory, so nothing else of the kernel may need any (a test
+    compares sizes). The store makes Triton declare it.
+    """
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    memory = gl.allocate_shared_memory(gl.int32, [BYTES // (128 * WARPS), WARPS * 32], FLAT)
+    memory.index(0).store(gl.zeros([WARPS * 32], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0])))
+    address = gl.inline_asm_elementwise(
+        "mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+    return memory, address
+
+
+@gluon.jit
+def load_four(address, OFFSET: gl.constexpr):
+    """Return four words of shared memory from address + OFFSET."""
+    return gl.inline_asm_elementwise(
+        f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {OFFSET}];", "=r,=r,=r,=r,r", [address],
+        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_word(address, OFFSET: gl.constexpr, TYPE: gl.constexpr):
+    """Return a value of PTX's TYPE, b32 or u16, of shared memory as a word."""
+    return gl.inline_asm_elementwise(
+        f"ld.shared.{TYPE} $0, [$1 + {OFFSET}];", "=r,r", [address], dtype=gl.uint32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_floats(address, OFFSET: gl.constexpr):
+    """Return two fp32 of shared memory."""
+    return gl.inline_asm_elementwise(
+        f"ld.shared.v2.f32 {{$0, $1}}, [$2 + {OFFSET}];", "=f,=f,r", [address],
+        dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_floats(address, first, second, OFFSET: gl.constexpr):
+    """Store two fp32 in shared memory."""
+    gl.inline_asm_elementwise(
+        f"st.shared.v2.f32 [$1 + {OFFSET}], {{$2, $3}}; // $0", "=r,r,f,f", [address, first, second],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_float(address, value, OFFSET: gl.constexpr):
+    """Store an fp32 in shared memory."""
+    gl.inline_asm_elementwise(
+        f"st.shared.f32 [$1 + {OFFSET}], $2; // $0", "=r,r,f", [address, value], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_four(address, words, OFFSET: gl.constexpr):
+    """Store four words in shared memory."""
+    gl.inline_asm_elementwise(
+        f"st.shared.v4.b32 [$1 + {OFFSET}], {{$2, $3, $4, $5}}; // $0", "=r,r,r,r,r,r",
+        [address, words[0], words[1], words[2], words[3]],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_global(address, here):
+    """Return four words of global memory, past L1 (a kernel that ran before may have left old ones there), or zeros."""
+    return gl.inline_asm_elementwise(
+        """{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+        @p ld.global.cg.v4.b32 {$0, $1, $2, $3}, [$4]; }""", "=r,=r,=r,=r,l,r", [address, here.to(gl.int32)],
+        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -74,119 +194,9 @@ def mma(a, b0, b1, c, BF16: gl.constexpr):
 
 
 @gluon.jit
-def eight(v, WARPS: gl.constexpr):
-    """Return the eight [WARPS, 32] of v [WARPS, 32, 2, 2, 2], in order; they are registers of the lane already."""
-    L: gl.constexpr = lanes(WARPS)
-    even, odd = gl.split(v)
-    v0, v2 = gl.split(even)
-    v1, v3 = gl.split(odd)
-    a0, a4 = gl.split(v0)
-    a1, a5 = gl.split(v1)
-    a2, a6 = gl.split(v2)
-    a3, a7 = gl.split(v3)
-    return (
-        gl.convert_layout(a0, L, assert_trivial=True), gl.convert_layout(a1, L, assert_trivial=True),
-        gl.convert_layout(a2, L, assert_trivial=True), gl.convert_layout(a3, L, assert_trivial=True),
-        gl.convert_layout(a4, L, assert_trivial=True), gl.convert_layout(a5, L, assert_trivial=True),
-        gl.convert_layout(a6, L, assert_trivial=True), gl.convert_layout(a7, L, assert_trivial=True),
-    )  # fmt: skip
-
-
-@gluon.jit
-def sixteen(v, WARPS: gl.constexpr):
-    """Return the sixteen [WARPS, 32] of v [WARPS, 32, 16], in order."""
-    even, odd = gl.split(gl.reshape(v, [WARPS, 32, 2, 2, 2, 2]))
-    e, o = eight(even, WARPS), eight(odd, WARPS)
-    return (e[0], o[0], e[1], o[1], e[2], o[2], e[3], o[3], e[4], o[4], e[5], o[5], e[6], o[6], e[7], o[7])
-
-
-@gluon.jit
-def one_token(chunk, WARPS: gl.constexpr):
-    """Return a lane's operands of eight products, 16 words, from a chunk [64 WARPS] of the one token's x.
-
-    Of each 32 columns lane 4g + t has the eight from 8t, the same for every g.
-    """
-    L: gl.constexpr = gl.BlockedLayout([1, 4, 1, 1, 4], [1, 1, 8, 4, 1], [WARPS, 1, 1, 1, 1], [4, 3, 2, 1, 0])
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    v = chunk._reinterpret(gl.uint32, [WARPS, 4, 4, 4], FLAT).load(gl.SliceLayout(2, L))
-    v = gl.expand_dims(v, 2).broadcast_to([WARPS, 4, 8, 4, 4])
-    return sixteen(gl.reshape(gl.permute(v, (0, 2, 3, 1, 4)), [WARPS, 32, 16]), WARPS)
-
-
-@gluon.jit
-def load_tokens(x, first, tokens, chunk, UNITS: gl.constexpr, MASKED: gl.constexpr, WARPS: gl.constexpr):
-    """Return a lane's operands of eight products, 16 words, for eight tokens of x from `first` on.
-
-    Lane 4g + t has token g, and of each 32 columns the eight from 8t, so that 16 bytes are two operands.
-    """
-    warp = gl.arange(0, WARPS, along(WARPS, 0))[:, None, None, None]
-    lane = gl.arange(0, 32, along(WARPS, 1))[None, :, None, None]
-    part = gl.arange(0, 4, along(WARPS, 2))[None, None, :, None]
-    word = gl.arange(0, 4, along(WARPS, 3))[None, None, None, :]
-    unit = chunk * WARPS + warp
-    at = gl.minimum(lane // 4 + first, tokens - 1) * (UNITS * 64) + unit * 64 + part * 16 + lane % 4 * 4 + word
-    words = x.to(gl.pointer_type(gl.uint32), bitcast=True)
-    if MASKED:
-        v = gl.load(words + at, mask=(unit < UNITS) & (at >= 0), other=0)
-    else:
-        v = gl.load(words + at)
-    return sixteen(gl.reshape(v, [WARPS, 32, 16]), WARPS)
-
-
-@gluon.jit
-def load_chunk(x, tokens, chunk, UNITS: gl.constexpr, SETS: gl.constexpr, U: gl.constexpr, WARPS: gl.constexpr):
-    """Return `load_tokens` of a chunk: U units of SETS of eight tokens."""
-    result = ()
-    for u in gl.static_range(U):
-        for b in gl.static_range(SETS):
-            result += (load_tokens(x, 8 * b, tokens, chunk * U + u, UNITS, UNITS % (U * WARPS) != 0, WARPS),)
-    return result
-
-
-@gluon.jit
 def halves(words, BF16: gl.constexpr):
     """Return pairs of 16-bit floats as two fp32."""
     if BF16:
         return (words << 16).to(gl.float32, bitcast=True), (words & 0xFFFF0000).to(gl.float32, bitcast=True)
     low, high = (words & 0xFFFF).to(gl.uint16), (words >> 16).to(gl.uint16)
     return low.to(gl.float16, bitcast=True).to(gl.float32), high.to(gl.float16, bitcast=True).to(gl.float32)
-
-
-@gluon.jit
-def load_words(buffer, PLANE: gl.constexpr, PLANES: gl.constexpr, WARPS: gl.constexpr):
-    """Return the eight words a lane has of a plane of its unit, from buffer [WARPS * PLANES * 256]."""
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    L: gl.constexpr = gl.BlockedLayout([1, 2, 4], [1, 1, 32], [WARPS, 1, 1], [2, 1, 0])
-    planes = buffer._reinterpret(gl.uint32, [WARPS, 2 * PLANES, 128], FLAT)
-    words = planes.slice(2 * PLANE, 2, dim=1).load(L)
-    return eight(gl.permute(gl.reshape(words, [WARPS, 2, 32, 2, 2]), (0, 2, 1, 3, 4)), WARPS)
-
-
-@gluon.jit
-def load_pairs(buffer, SUB: gl.constexpr, WARPS: gl.constexpr):
-    """Return [WARPS, 32, SUB] of buffer [WARPS, SUB, 8]: what belongs to rows lane / 4 and lane / 4 + 8 of a tile."""
-    L: gl.constexpr = gl.BlockedLayout([1, SUB, 1, 1], [1, 1, 8, 4], [WARPS, 1, 1, 1], [3, 2, 1, 0])
-    pairs = gl.expand_dims(buffer.load(gl.SliceLayout(3, L)), 3).broadcast_to([WARPS, SUB, 8, 4])
-    return gl.permute(gl.reshape(pairs, [WARPS, SUB, 32]), (0, 2, 1))
-
-
-@gluon.jit
-def unstack(v, SUB: gl.constexpr, WARPS: gl.constexpr):
-    """Return the SUB [WARPS, 32] of v [WARPS, 32, SUB] as 32-bit integers, the last one again up to four."""
-    L: gl.constexpr = lanes(WARPS)
-    v = v.to(gl.uint32)
-    if SUB == 1:
-        only = gl.convert_layout(gl.reshape(v, [WARPS, 32]), L, assert_trivial=True)
-        return only, only, only, only
-    elif SUB == 2:
-        first, second = gl.split(v)
-        second = gl.convert_layout(second, L, assert_trivial=True)
-        return gl.convert_layout(first, L, assert_trivial=True), second, second, second
-    else:
-        even, odd = gl.split(gl.reshape(v, [WARPS, 32, 2, 2]))
-        v0, v2 = gl.split(even)
-        v1, v3 = gl.split(odd)
-        return (
-            gl.convert_layout(v0, L, assert_trivial=True), gl.convert_layout(v1, L, assert_trivial=True),
-            gl.convert_layout(v2, L, assert_trivial=True), gl.convert_layout(v3, L, assert_trivial=True),
-        )  # fmt: skip

@@ -95,7 +95,7 @@ def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:
         return _norm_swiglu.norm_swiglu(x, norm.weight, _eps(norm), gate_up.weight, gate_up.bias)
     if isinstance(gate_up, PackedLinear) and gate_up.out_features % TILE == 0 and _fits(x, norm.weight):
         return _packed.packed_swiglu(
-            x, norm.weight, _eps(norm), gate_up.words, gate_up.scales, gate_up.zeros, gate_up.bias, gate_up.out_features
+            x, norm.weight, _eps(norm), gate_up.words, gate_up.scales, gate_up.bias, gate_up.out_features
         )
     return reference.norm_swiglu(x, norm, gate_up)
 
@@ -115,7 +115,7 @@ def greedy_head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
         return _head.greedy_head(x, norm.weight, _eps(norm), linear.weight, linear.bias)
     if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
         return _packed.packed_greedy_head(
-            x, norm.weight, _eps(norm), linear.words, linear.scales, linear.zeros, linear.bias, linear.out_features
+            x, norm.weight, _eps(norm), linear.words, linear.scales, linear.bias, linear.out_features
         )
     return reference.greedy_head(x, norm, linear)
 
@@ -146,7 +146,7 @@ def _packed_linear(
 ) -> Tensor:
     gain, eps = (None, 0.0) if norm is None else (norm.weight, _eps(norm))
     return _packed.packed_linear(
-        x, gain, eps, linear.words, linear.scales, linear.zeros, linear.bias, residual, linear.out_features, wide
+        x, gain, eps, linear.words, linear.scales, linear.bias, residual, linear.out_features, wide
     )
 
 

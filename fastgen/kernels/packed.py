@@ -4,16 +4,17 @@ A matrix [n, K] is cut into tiles of 16 rows and units of 128 columns. Tile i ho
 8 tiles + 8i on: the two halves of a matrix meet in a tile, a gate row and its up row in a lane. What the matrix lacks
 to whole tiles and units is filled with zeros.
 
-    tensor  shape                             dtype  content
-    words   [tiles, units, planes, 2, 32, 4]  int32  eight 4-bit weights a word, see below
-    scales  [tiles, units, groups, 8]         int32  int4: two in the model's dtype, of row g of the first half in the
-                                                     low bits, of the second in the high; `groups` of 32, 64 or 128
-                                                     columns in a unit (of 256: repeated in a second unit)
-            [tiles, 8]                        int32  int8: the same, for all columns
-    zeros   [tiles, units, groups, 4]         int32  int4 with zero points: 24 + zero point a byte, in their order
-                                                     g = 0 first half, g = 0 second half, g = 1 ..
+    tensor  shape                    dtype  content
+    words   [tiles, units, record]   int32  a record is what a warp reads of a tile at once:
+                planes x [2, 32, 4]         eight 4-bit weights a word, see below
+                groups x [8]                int4: two scales in the model's dtype, of row g of the first half in the low
+                                            bits, of the second in the high; `groups` of 32, 64 or 128 columns in a
+                                            unit (of 256: repeated in a second unit)
+                groups x [4]                int4 with zero points: 24 + zero point a byte, in their order g = 0 first
+                                            half, g = 0 second half, g = 1 ..
+    scales  [tiles, 8]               int32  int8: two scales as above, for all columns
 
-Word i of lane 4g + t in part h of a unit belongs to step s = 4h + i of eight, each a product of 16 rows and 16 columns
+Word i of lane 4g + t in part h of a plane belongs to step s = 4h + i of eight, each a product of 16 rows and 16 columns
 (PTX ISA, mma.m16n8k16). With k = 32 (s / 2) + 8t + 4 (s mod 2), nibble 4j + m of the word is
 
     row g of half m mod 2, column k + 2 (m / 2) + j         j = 0, 1   m = 0 .. 3
@@ -23,6 +24,8 @@ once the word is rotated right by 4m. int4 stores q + 8 (one plane); int8 stores
 0, the low in plane 1. A weight takes its 4 or 8 bits, nothing more.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -30,6 +33,30 @@ import triton.language as tl
 from torch import Tensor, nn
 
 TILE, UNIT = 16, 128
+PLANE = 256  # words
+
+
+class Form(NamedTuple):
+    """What a record holds.
+
+    Attributes:
+        planes: of four bits: 1 for int4, 2 for int8.
+        groups: of columns with a scale of their own in a unit; 0 for int8.
+        zeros: whether groups have zero points.
+    """
+
+    planes: int
+    groups: int
+    zeros: bool
+
+
+def form_of(words: Tensor) -> Form:
+    """Return what the records of `words` hold, from their size: no two forms share one."""
+    size = words.shape[2]
+    if size == 2 * PLANE:
+        return Form(2, 0, False)
+    zeros = size - PLANE not in (8, 16, 32)
+    return Form(1, (size - PLANE) // (12 if zeros else 8), zeros)
 
 
 class PackedLinear(nn.Module):
@@ -39,26 +66,25 @@ class PackedLinear(nn.Module):
     serves any number of tokens.
 
     Args:
-        words, scales, zeros: see above; scales are bit patterns of `dtype`, bf16 or fp16.
+        words, scales: see above; scales are bit patterns of `dtype`, bf16 or fp16.
         bias: [out] in `dtype`.
     """
 
-    zeros: Tensor | None
+    scales: Tensor | None
 
     def __init__(
-        self, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
+        self, words: Tensor, scales: Tensor | None, bias: Tensor | None,
         *, out_features: int, in_features: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         super().__init__()
         self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
         self.words = nn.Parameter(words, requires_grad=False)
-        self.scales = nn.Parameter(scales, requires_grad=False)
-        self.register_parameter("zeros", None if zeros is None else nn.Parameter(zeros, requires_grad=False))
+        self.register_parameter("scales", None if scales is None else nn.Parameter(scales, requires_grad=False))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [.., in] times the weights, plus the bias, [.., out]; x in `dtype`."""
-        weight = unpack(self.words, self.scales, self.zeros, self.out_features, self.in_features, self.dtype)
+        weight = unpack(self.words, self.scales, self.out_features, self.in_features, self.dtype)
         return F.linear(x, weight, self.bias)
 
 
@@ -69,49 +95,48 @@ def pack_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Te
     """
     n, width = packed.shape[0], 8 * packed.shape[1]
     tiles, units, group = triton.cdiv(n, TILE), triton.cdiv(width, UNIT), width // scale.shape[1]
-    words = packed.new_empty(tiles, units, 1, 2, 32, 4)
-    pack_int4_kernel[(tiles, units)](packed.contiguous(), words, n, width)
-    scales = _in_tiles(scale, tiles, units, group).view(torch.int32)
-    zeros = None
+    groups = max(1, UNIT // group)
+    words = packed.new_empty(tiles, units, PLANE + (8 if zero_point is None else 12) * groups)
+    pack_int4_kernel[(tiles, units)](packed.contiguous(), words, n, width, words.shape[2])
+    words[:, :, PLANE : PLANE + 8 * groups] = _in_tiles(scale, tiles, units, group).view(torch.int32)
     if zero_point is not None:
-        zeros = _in_tiles(zero_point.to(torch.uint8) + 24, tiles, units, group).view(torch.int32)
-    return PackedLinear(words, scales, zeros, bias, out_features=n, in_features=width, dtype=scale.dtype)
+        zeros = _in_tiles(zero_point.to(torch.uint8) + 24, tiles, units, group)
+        words[:, :, PLANE + 8 * groups :] = zeros.view(torch.int32)
+    return PackedLinear(words, None, bias, out_features=n, in_features=width, dtype=scale.dtype)
 
 
 def pack_int8(weight: Tensor, scale: Tensor, bias: Tensor | None) -> PackedLinear:
     """Return the linear of int8 weights as `quantize.int8` has them: weight [out, in] int8, scale [out, 1] as above."""
     n, width = weight.shape
     tiles, units = triton.cdiv(n, TILE), triton.cdiv(width, UNIT)
-    words = torch.empty(tiles, units, 2, 2, 32, 4, dtype=torch.int32, device=weight.device)
+    words = torch.empty(tiles, units, 2 * PLANE, dtype=torch.int32, device=weight.device)
     pack_int8_kernel[(tiles, units)](weight.contiguous(), words, n, width)
     scales = _in_tiles(scale, tiles, 1, UNIT).view(torch.int32).view(tiles, 8)
-    return PackedLinear(words, scales, None, bias, out_features=n, in_features=width, dtype=scale.dtype)
+    return PackedLinear(words, scales, bias, out_features=n, in_features=width, dtype=scale.dtype)
 
 
 def _in_tiles(values: Tensor, tiles: int, units: int, group: int) -> Tensor:
-    """Return values [n, groups] as [tiles, units, groups of a unit, 16], the two halves of the rows in turn."""
+    """Return values [n, groups] as [tiles, units, groups of a unit x 16], the two halves of the rows in turn."""
     a_unit = max(1, UNIT // group)
     values = values.repeat_interleave(max(1, group // UNIT), dim=1)
     filled = F.pad(values, (0, units * a_unit - values.shape[1], 0, tiles * TILE - values.shape[0]))
-    return filled.view(2, tiles, 8, units, a_unit).permute(1, 3, 4, 2, 0).reshape(tiles, units, a_unit, TILE)
+    return filled.view(2, tiles, 8, units, a_unit).permute(1, 3, 4, 2, 0).reshape(tiles, units, a_unit * TILE)
 
 
 @torch.library.custom_op("fastgen::unpack", mutates_args=())
-def unpack(
-    words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, width: int, dtype: torch.dtype
-) -> Tensor:  # fmt: skip
+def unpack(words: Tensor, scales: Tensor | None, n: int, width: int, dtype: torch.dtype) -> Tensor:
     """Return the weights [n, width] in `dtype`."""
     weight = torch.empty(n, width, dtype=dtype, device=words.device)
-    tiles, units, planes = words.shape[:3]
-    groups = 0 if planes == 2 else scales.shape[2]
-    unpack_kernel[(tiles, units)](
-        words, scales.view(dtype), None if zeros is None else zeros.view(torch.uint8), weight, n, width, GROUPS=groups
-    )
+    form = form_of(words)
+    unpack_kernel[words.shape[:2]](
+        words, words.view(dtype) if scales is None else scales.view(dtype), words.view(torch.uint8), weight, n, width,
+        words.shape[2], GROUPS=form.groups, ZEROS=form.zeros,
+    )  # fmt: skip
     return weight
 
 
 @unpack.register_fake
-def _(words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, width: int, dtype: torch.dtype) -> Tensor:
+def _(words: Tensor, scales: Tensor | None, n: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(n, width, dtype=dtype, device=words.device)
 
 
@@ -144,13 +169,13 @@ def _field(words, shift):
 
 
 @triton.jit
-def pack_int4_kernel(packed, words, n, width):
+def pack_int4_kernel(packed, words, n, width, record):
     """Grid (tiles, units); packed [n, width / 8], weight 8j + i of a row in bits 4i of its word j."""
     _half, _g, row, column, _shift = _place(n)
     here = (row < n) & (column < width)
     q = tl.load(packed + row.to(tl.int64) * (width // 8) + column // 8, mask=here, other=0)
     q = (q >> (column % 8 * 4)) & 15
-    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 256
+    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * record
     tl.store(words + at + tl.arange(0, 256), _rotated(q.to(tl.uint32), tl.arange(0, 8)[None, :]).to(tl.int32))
 
 
@@ -167,22 +192,27 @@ def pack_int8_kernel(weight, words, n, width):
 
 
 @triton.jit
-def unpack_kernel(words, scales, zeros, weight, n, width, GROUPS: tl.constexpr):
-    """Grid (tiles, units); scales in the dtype of weight [n, width], zeros uint8; GROUPS of a unit, 0: int8."""
+def unpack_kernel(
+    words, scales, zeros, weight, n, width, record, GROUPS: tl.constexpr, ZEROS: tl.constexpr
+):  # fmt: skip
+    """Grid (tiles, units); scales in the dtype of weight [n, width], zeros uint8; both in `words` for int4.
+
+    A record has `record` words; GROUPS of a unit, 0: int8.
+    """
     half, g, row, column, shift = _place(n)
-    unit = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * record
     word = tl.arange(0, 256)[:, None]
+    q = _field(tl.load(words + at + word), shift)
     if GROUPS == 0:
-        high = _field(tl.load(words + unit * 512 + word), shift)
-        low = _field(tl.load(words + unit * 512 + 256 + word), shift)
-        q = (high * 16 + low).to(tl.float32) - 128.0
+        low = _field(tl.load(words + at + 256 + word), shift)
+        q = (q * 16 + low).to(tl.float32) - 128.0
         scale = tl.load(scales + tl.program_id(0) * 16 + g * 2 + half)
     else:
-        q = _field(tl.load(words + unit * 256 + word), shift).to(tl.float32)
-        pair = (unit * GROUPS + column % 128 // (128 // GROUPS)) * 16 + g * 2 + half
-        scale = tl.load(scales + pair)
-        if zeros is not None:
-            q += 16.0 - tl.load(zeros + pair).to(tl.float32)
+        place = column % 128 // (128 // GROUPS) * 16 + g * 2 + half
+        scale = tl.load(scales + (at + 256) * 2 + place)
+        q = q.to(tl.float32)
+        if ZEROS:
+            q += 16.0 - tl.load(zeros + (at + 256 + 8 * GROUPS) * 4 + place).to(tl.float32)
         else:
             q -= 8.0
     here = (row < n) & (column < width)

@@ -2,8 +2,8 @@
 more.
 
 `packed_linear` is norm_linear, linear_add and head: y = W rms_norm(x) + b + r, each part optional. `packed_swiglu` is
-norm_swiglu and `packed_greedy_head` the head with its argmax. How: `fastgen.kernels.packed_product`; what `words`,
-`scales` and `zeros` hold: `fastgen.kernels.packed`.
+norm_swiglu and `packed_greedy_head` the head with its argmax. How: `fastgen.kernels.packed_product`; what `words` and
+`scales` hold: `fastgen.kernels.packed`.
 """
 
 from typing import Any, NamedTuple
@@ -17,232 +17,251 @@ from triton.experimental.gluon import language as gl
 
 from fastgen.kernels import launch
 from fastgen.kernels.head import pick_token_kernel
-from fastgen.kernels.packed import TILE, UNIT
-from fastgen.kernels.packed_product import prepare_kernel, stream_product
-
-WARPS = 8
-"""Warps that share a row; they are the order of every sum along K."""
-
-REGISTERS = 1 << 16
-"""Of a multiprocessor, from sm_80 on."""
-
-SHARED_BYTES = 96 << 10
-"""What one token's x may take of shared memory, beside 60 KB for the weights; what is longer is read as
-several tokens are."""
+from fastgen.kernels.packed import TILE, UNIT, Form, form_of
+from fastgen.kernels.packed_product import WARPS, fixed_bytes, prepare_kernel, slot_bytes, stream_product
 
 
 class Shape(NamedTuple):
     """Launch shape of `packed_product.stream_product`.
 
     Attributes:
-        tiles, units: tiles of 16 rows, and units of 128 columns a warp, in a stage of the ring.
-        stages: depth of the ring.
+        tiles: tiles of 16 rows in a slot of the ring.
+        memory: shared memory that a program takes, in KiB; what x and the sums leave is the ring's.
         per_processor: programs on each multiprocessor.
+        late: slots that a warp has still to multiply when its program lets the next kernel start.
+        registers: a thread may take.
     """
 
     tiles: int
-    units: int
-    stages: int
+    memory: int
     per_processor: int
+    late: int
+    registers: int
 
 
-SHAPES = {4: (Shape(1, 2, 3, 3), Shape(2, 1, 3, 2)), 8: (Shape(1, 1, 4, 2), Shape(2, 1, 3, 1))}
-"""By bits, for one token and for several; from sweeps on an H200."""
+SHAPES = {
+    4: (Shape(2, 104, 1, 4, 128), Shape(2, 136, 1, 2, 128), Shape(2, 200, 1, 2, 128)),
+    8: (Shape(1, 104, 1, 4, 128), Shape(1, 136, 1, 2, 128), Shape(1, 200, 1, 2, 128)),
+}
+"""By bits, for one token, for up to 8 and up to 16; from sweeps on an H200."""
 
 
 @torch.library.custom_op("fastgen::packed_linear", mutates_args=())
 def packed_linear(
-    x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor, zeros: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None, n: int, wide: bool,
+    x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, n: int, wide: bool,
 ) -> Tensor:  # fmt: skip
     """Return [.., n], in fp32 if `wide`, else in x's dtype, for x [.., K], norm [K], bias [n], residual [.., n]."""
     out = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype, device=x.device)
     residual = None if residual is None else residual.contiguous()
-    _launch(packed_linear_kernel, x, norm, eps, words, scales, zeros, n, bias=bias, residual=residual, out=out)
+    _launch(packed_linear_kernel, x, norm, eps, words, scales, n, bias=bias, residual=residual, out=out)
     return out
 
 
 @packed_linear.register_fake
 def _(
-    x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor, zeros: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None, n: int, wide: bool,
+    x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, n: int, wide: bool,
 ) -> Tensor:  # fmt: skip
     return torch.empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype, device=x.device)
 
 
 @torch.library.custom_op("fastgen::packed_swiglu", mutates_args=())
 def packed_swiglu(
-    x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
-    n: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor | None, bias: Tensor | None, n: int
+) -> Tensor:
     """Return silu(gate) * up [.., n / 2] for x [.., K], norm [K], bias [n]; n is a multiple of 16."""
     assert n % TILE == 0, "gate and up rows meet in a tile"
     out = x.new_empty(*x.shape[:-1], n // 2)
-    _launch(packed_swiglu_kernel, x, norm, eps, words, scales, zeros, n, bias=bias, out=out)
+    _launch(packed_swiglu_kernel, x, norm, eps, words, scales, n, bias=bias, out=out)
     return out
 
 
 @packed_swiglu.register_fake
-def _(
-    x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
-    n: int,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor | None, bias: Tensor | None, n: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], n // 2)
 
 
 @torch.library.custom_op("fastgen::packed_greedy_head", mutates_args=())
 def packed_greedy_head(
-    x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
-    n: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor | None, bias: Tensor | None, n: int
+) -> Tensor:
     """Return the tokens [..] int64 of the largest of n logits for x [.., K]; -1 where there is none."""
     tokens, tiles = x.numel() // x.shape[-1], words.shape[0]
     best = torch.empty(tokens, tiles, dtype=torch.float32, device=x.device)
     ids = torch.empty(tokens, tiles, dtype=torch.int32, device=x.device)
     out = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
-    _launch(packed_best_kernel, x, norm, eps, words, scales, zeros, n, bias=bias, best=best, ids=ids)
+    _launch(packed_best_kernel, x, norm, eps, words, scales, n, bias=bias, best=best, ids=ids)
     options = launch.dependent_launch(x.device)
     pick_token_kernel[(tokens,)](best, ids, out, tiles, WIDTH=1024, PDL=bool(options), num_warps=4, **options)
     return out
 
 
 @packed_greedy_head.register_fake
-def _(
-    x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
-    n: int,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor | None, bias: Tensor | None, n: int) -> Tensor:
     return torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
 
 
 def _launch(
-    kernel: Any, x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor, zeros: Tensor | None,
-    n: int, **tensors: Tensor | None,
+    kernel: Any, x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor | None, n: int,
+    **tensors: Tensor | None,
 ) -> None:  # fmt: skip
-    """Run one of the kernels below; `tensors` are its own arguments."""
-    width, (tiles, units, planes) = x.shape[-1], words.shape[:3]
-    tokens, groups = x.numel() // width, 0 if planes == 2 else scales.shape[2]
-    x = x.reshape(tokens, width)
+    width, form = x.shape[-1], form_of(words)
+    tiles, units = words.shape[:2]
+    tokens = x.numel() // width
+    x = x.reshape(tokens, width).contiguous()
     if width % UNIT:
         x = F.pad(x, (0, units * UNIT - width))
         norm = None if norm is None else F.pad(norm, (0, units * UNIT - width))
     options = launch.dependent_launch(x.device)
-    alone = tokens == 1 and 2 * units * UNIT <= SHARED_BYTES
+    sets, shape = choose(form, width, tokens)
     factors = None
-    if norm is not None and not alone:
+    if norm is not None and sets:
         scaled, factors = torch.empty_like(x), torch.empty(tokens, dtype=torch.float32, device=x.device)
         prepare_kernel[(tokens,)](
-            x, norm, scaled, factors, eps, WIDTH=width, WARPS=WARPS, PDL=bool(options), num_warps=WARPS, **options
+            x, norm, scaled, factors, eps, WIDTH=width, PDL=bool(options), num_warps=WARPS.value, **options
         )
         x, norm = scaled, None
-    shape = SHAPES[4 * planes][0 if alone else 1]
-    registers = {"maxnreg": REGISTERS // (32 * WARPS * shape.per_processor) // 8 * 8} if alone else {}
-    grid = (min(triton.cdiv(tiles, shape.tiles), shape.per_processor * launch.processors(x.device)),)
+    grid = (min(tiles, shape.per_processor * launch.processors(x.device)),)
     kernel[grid](
-        x.contiguous(), norm, factors, _unsigned(words), _unsigned(scales), None if zeros is None else _unsigned(zeros),
-        tokens, n, tiles, eps, **tensors, WIDTH=width, PLANES=planes, SUB=groups,
-        SETS=0 if alone else triton.cdiv(tokens, 8), R=shape.tiles, U=shape.units, STAGES=shape.stages, WARPS=WARPS,
-        PDL=bool(options), num_warps=WARPS, **options, **registers,
+        x, norm, factors, words, scales, tokens, n, tiles, shape.late, eps, **tensors, WIDTH=width, PLANES=form.planes,
+        GROUPS=form.groups, ZEROS=form.zeros, SETS=sets, R=shape.tiles, STAGES=ring_slots(form, width, sets, shape),
+        PDL=bool(options), num_warps=WARPS.value, maxnreg=shape.registers, **options,
     )  # fmt: skip
 
 
-def _unsigned(words: Tensor) -> Tensor:
-    return words.view(torch.uint32)
+def choose(form: Form, width: int, tokens: int) -> tuple[int, Shape]:
+    """Return how many sets of eight tokens a product takes, 0 for the form of one token, and its shape.
+
+    One token whose x leaves no room for a ring is read as several are.
+    """
+    shapes = SHAPES[4 * form.planes]
+    if tokens == 1 and ring_slots(form, width, 0, shapes[0]) >= 3:
+        return 0, shapes[0]
+    sets = triton.cdiv(tokens, 8)
+    return sets, shapes[sets]
 
 
-@gluon.jit
+def ring_slots(form: Form, width: int, sets: int, shape: Shape) -> int:
+    """Return how many slots a warp's ring has in what a program takes of shared memory."""
+    left = shape.memory * 1024 - fixed_bytes(width, sets, shape.tiles)
+    return int(left // (WARPS.value * slot_bytes(*form, sets, shape.tiles)))
+
+
+@gluon.jit(do_not_specialize=["late"])
 def packed_linear_kernel(
-    x, norm, factors, words, scales, zeros, tokens, n, tiles, eps, bias, residual, out, WIDTH: gl.constexpr,
-    PLANES: gl.constexpr, SUB: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr, U: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    x, norm, factors, words, scales, tokens, n, tiles, late, eps, bias, residual, out, WIDTH: gl.constexpr,
+    PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
+    STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, residual [tokens, n] or None, out [tokens, n]; the rest as `stream_product` has it."""
     stream_product(
-        x, norm, factors, (words, scales, zeros), tokens, n, tiles, eps, _load_residual, _store,
-        (out, bias, residual), WIDTH, PLANES, SUB, SETS, R, U, STAGES, WARPS, PDL,
+        x, norm, factors, words, scales, tokens, n, tiles, late, eps, _load_residual, _store, (out, bias, residual),
+        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, PDL,
     )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["late"])
 def packed_swiglu_kernel(
-    x, norm, factors, words, scales, zeros, tokens, n, tiles, eps, bias, out, WIDTH: gl.constexpr,
-    PLANES: gl.constexpr, SUB: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr, U: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    x, norm, factors, words, scales, tokens, n, tiles, late, eps, bias, out, WIDTH: gl.constexpr,
+    PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
+    STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, out [tokens, n / 2]; the rest as `stream_product` has it."""
     stream_product(
-        x, norm, factors, (words, scales, zeros), tokens, n, tiles, eps, _nothing, _gate_and_store, (out, bias),
-        WIDTH, PLANES, SUB, SETS, R, U, STAGES, WARPS, PDL,
+        x, norm, factors, words, scales, tokens, n, tiles, late, eps, _nothing, _gate_and_store, (out, bias),
+        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, PDL,
     )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["late"])
 def packed_best_kernel(
-    x, norm, factors, words, scales, zeros, tokens, n, tiles, eps, bias, best, ids, WIDTH: gl.constexpr,
-    PLANES: gl.constexpr, SUB: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr, U: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    x, norm, factors, words, scales, tokens, n, tiles, late, eps, bias, best, ids, WIDTH: gl.constexpr,
+    PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
+    STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, best and ids [tokens, tiles]; the rest as `stream_product` has it."""
     stream_product(
-        x, norm, factors, (words, scales, zeros), tokens, n, tiles, eps, _nothing, _store_best,
-        (best, ids, bias, tokens, tiles), WIDTH, PLANES, SUB, SETS, R, U, STAGES, WARPS, PDL,
+        x, norm, factors, words, scales, tokens, n, tiles, late, eps, _nothing, _store_best, (best, ids, bias),
+        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, PDL,
     )  # fmt: skip
 
 
 @gluon.jit
-def _biased(y, row, here, bias):
-    if bias is not None:
-        y += gl.load(bias + row, mask=here, other=0.0).to(gl.float32)
-    return y
-
-
-@gluon.jit
-def _nothing(row, token, here, n, extra):
+def _nothing(row, token, here, n, tiles, extra):
     """Load nothing before the sums are made."""
-    return 0.0
+    return 0.0, 0.0
 
 
 @gluon.jit
-def _load_residual(row, token, here, n, extra):
-    """Return the residual [64, 2] fp32, if there is one."""
+def _load_residual(row, token, here, n, tiles, extra):
+    """Return the residual of both rows, if there is one."""
     residual = extra[2]
     if residual is not None:
-        return gl.load(residual + token.to(gl.int64) * n + row, mask=here, other=0.0).to(gl.float32)
+        return _both(residual + token.to(gl.int64) * n, row, here, n, tiles)
     else:
-        return 0.0
+        return 0.0, 0.0
 
 
 @gluon.jit
-def _store(y, early, tile, row, token, here, n, extra):
-    """Store y [64, 2] plus bias and residual."""
+def _both(values, row, here, n, tiles):
+    """Load the values of row and of row + 8 tiles as fp32."""
+    other = row + 8 * tiles
+    return (
+        gl.load(values + row, mask=here & (row < n), other=0.0).to(gl.float32),
+        gl.load(values + other, mask=here & (other < n), other=0.0).to(gl.float32),
+    )
+
+
+@gluon.jit
+def _biased(first, second, row, here, n, tiles, bias):
+    """Return y plus the bias, if there is one."""
+    if bias is not None:
+        low, high = _both(bias, row, here, n, tiles)
+        return first + low, second + high
+    else:
+        return first, second
+
+
+@gluon.jit
+def _store(first, second, early, tile, row, token, here, n, tiles, extra):
+    """Store y plus bias and residual."""
     out, bias, residual = extra
-    y = _biased(y, row, here, bias)
+    first, second = _biased(first, second, row, here, n, tiles, bias)
     if residual is not None:
-        y += early
-    gl.store(out + token.to(gl.int64) * n + row, y.to(out.dtype.element_ty), mask=here)
+        first, second = first + early[0], second + early[1]
+    at, other = out + token.to(gl.int64) * n, row + 8 * tiles
+    gl.store(at + row, first.to(out.dtype.element_ty), mask=here & (row < n))
+    gl.store(at + other, second.to(out.dtype.element_ty), mask=here & (other < n))
 
 
 @gluon.jit
-def _gate_and_store(y, early, tile, row, token, here, n, extra):
-    """Store silu(gate) * up of y [64, 2], gate rows in the first half, up rows in the second."""
+def _gate_and_store(first, second, early, tile, row, token, here, n, tiles, extra):
+    """Store silu(gate) * up; gate rows are in the first half, up rows in the second."""
     out, bias = extra
-    gate, up = gl.split(_biased(y, row, here, bias))
-    at, _ = gl.split(token.to(gl.int64) * (n // 2) + row)
-    here, _ = gl.split(here)
-    gl.store(out + at, (gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype.element_ty), mask=here)
+    gate, up = _biased(first, second, row, here, n, tiles, bias)
+    at = out + token.to(gl.int64) * (n // 2) + row
+    gl.store(at, (gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype.element_ty), mask=here)
 
 
 @gluon.jit
-def _store_best(y, early, tile, row, token, here, n, extra):
-    """Store the largest of y [64, 2] and its row for each of the tile's eight tokens; NaN counts as +inf."""
-    best, ids, bias, tokens, tiles = extra
-    y = _biased(y, row, here, bias)
+def _store_best(first, second, early, tile, row, token, here, n, tiles, extra):
+    """Store the largest value of a tile and its row for each token; NaN counts as +inf."""
+    best, ids, bias = extra
+    first, second = _biased(first, second, row, here, n, tiles, bias)
+    other = row + 8 * tiles
+    first, second = _comparable(first, row < n), _comparable(second, other < n)
+    row = gl.where(second > first, other, row)  # the lower one of two that are equal
+    TILES: gl.constexpr = first.shape[0] // 8
+    y = gl.reshape(gl.maximum(first, second), [TILES, 8])
+    top = gl.max(y, axis=1)
+    winner = gl.min(gl.where(y == top[:, None], gl.reshape(row, [TILES, 8]), 0x7FFFFFFF), axis=1)
+    at = gl.max(gl.reshape(gl.where(here, token * tiles + tile, -1), [TILES, 8]), axis=1)
+    gl.store(best + at, top, mask=at >= 0)
+    gl.store(ids + at, winner, mask=at >= 0)
+
+
+@gluon.jit
+def _comparable(y, there):
     y = gl.where(y != y, float("inf"), y)  # noqa: PLR0124
-    y = gl.reshape(gl.where(row < n, y, float("-inf")), [8, 8, 2])
-    rows = gl.reshape(row, [8, 8, 2])
-    top = gl.max(gl.max(y, axis=2), axis=0)
-    spread = gl.convert_layout(top, gl.SliceLayout(0, gl.SliceLayout(2, y.type.layout)))[None, :, None]
-    winner = gl.min(gl.min(gl.where(y == spread, rows, 0x7FFFFFFF), axis=2), axis=0)
-    column = gl.max(gl.max(gl.reshape(token + row * 0, [8, 8, 2]), axis=2), axis=0)
-    there = (column < tokens) & (tile < tiles)
-    gl.store(best + column * tiles + tile, top, mask=there)
-    gl.store(ids + column * tiles + tile, winner, mask=there)
+    return gl.where(there, y, float("-inf"))

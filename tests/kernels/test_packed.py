@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgen.kernels.packed import PackedLinear, pack_int4, pack_int8, unpack
+from fastgen.kernels.packed import Form, PackedLinear, form_of, pack_int4, pack_int8, unpack
 from quantize import int4, int8
 from tests.kernels.support import INTERPRETED, in_interpreter, on_gpu
 
@@ -29,7 +29,7 @@ def random_int8(out: int, width: int) -> tuple[PackedLinear, torch.Tensor]:
 
 
 def weights_of(linear: PackedLinear) -> torch.Tensor:
-    return unpack(linear.words, linear.scales, linear.zeros, linear.out_features, linear.in_features, linear.dtype)
+    return unpack(linear.words, linear.scales, linear.out_features, linear.in_features, linear.dtype)
 
 
 def check_golden_bytes() -> None:
@@ -39,15 +39,16 @@ def check_golden_bytes() -> None:
     scale = torch.arange(1, 17, device=DEVICE, dtype=torch.float16)[:, None]
     zero_point = torch.arange(-8, 8, device=DEVICE, dtype=torch.int8)[:, None]
     linear = pack_int4(int4.pack(q), scale, zero_point, None)
-    words = linear.words[0, 0, 0].cpu()
+    record = linear.words[0, 0].cpu()
+    assert linear.scales is None and linear.words.shape == (1, 1, 256 + 8 + 4)
+    words = record[:256].view(2, 32, 4)
     # Lane 0: rows 0 and 8; columns 0, 1, 2, 3. Nibbles from m = 0, j = 0 on: 0, 8, 2, 10; then j = 1: 1, 9, 3, 11.
     assert words[0, 0, 0].item() & 0xFFFFFFFF == (0xB391A280 << 3 | 0xB391A280 >> 29) & 0xFFFFFFFF
     # Lane 6 is g = 1, t = 2, word 3 of part 1 is step 7: columns 96 + 16 + 4 .. 96 + 16 + 7 of rows 1 and 9.
     assert words[1, 6, 3].item() & 0xFFFFFFFF == (0x08E6F7D5 << 3 | 0x08E6F7D5 >> 29) & 0xFFFFFFFF
-    scales = linear.scales.view(torch.float16).flatten().tolist()
+    scales = record[256:264].view(torch.float16).tolist()
     assert scales[:4] == [1.0, 9.0, 2.0, 10.0] and scales[-1] == 16.0
-    assert linear.zeros is not None
-    assert linear.zeros.view(torch.uint8).flatten().tolist()[:4] == [16, 24, 17, 25]
+    assert record[264:].view(torch.uint8).tolist()[:4] == [16, 24, 17, 25]
 
 
 def check_round_trip(out: int, width: int, group: int) -> None:
@@ -56,6 +57,13 @@ def check_round_trip(out: int, width: int, group: int) -> None:
         assert torch.equal(weights_of(linear), exact.half()), f"int4, zero points {zeros}"
     linear, exact = random_int8(out, width)
     assert torch.equal(weights_of(linear), exact.half()), "int8"
+
+
+def test_every_form_has_a_record_size_of_its_own() -> None:
+    forms = [Form(1, groups, zeros) for groups in (1, 2, 4) for zeros in (False, True)]
+    sizes = [256 + (12 if form.zeros else 8) * form.groups for form in forms]
+    assert [form_of(torch.empty(1, 1, size)) for size in sizes] == forms
+    assert form_of(torch.empty(1, 1, 512)) == Form(2, 0, False)
 
 
 @in_interpreter

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fastgen.kernels import fused, packed_linear, reference
-from fastgen.kernels.packed import PackedLinear, pack_int4, pack_int8, unpack
+from fastgen.kernels import fused, packed_linear, packed_product, reference
+from fastgen.kernels.packed import Form, PackedLinear, form_of, pack_int4, pack_int8, unpack
+from fastgen.kernels.packed_product import WARPS
 from quantize import int4, int8
 from tests.kernels import support
 from tests.kernels.support import compiled_ahead, on_gpu
@@ -32,26 +33,29 @@ def linear(out: int, width: int, form: str, dtype: torch.dtype, *, bias: bool = 
 
 
 def in_fp64(packed: PackedLinear) -> nn.Module:
-    """The same linear, exactly; scales have at most 11 bits and weights 8, so their products are exact in fp32."""
-    scales = packed.scales.view(packed.dtype).float()
+    """The same linear, exactly; scales have at most 11 bits and weights 8, so their products are exact in fp64."""
     exact = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, dtype=torch.float64)
     exact.to("cuda").requires_grad_(False)
-    wide = unpack_exactly(packed, scales)
-    exact.weight.copy_(wide)
+    exact.weight.copy_(unpack_exactly(packed))
     if packed.bias is not None:
         exact.bias.copy_(packed.bias)
     return exact
 
 
-def unpack_exactly(packed: PackedLinear, scales: Tensor) -> Tensor:
+def unpack_exactly(packed: PackedLinear) -> Tensor:
     """Weights in fp64: integers are unpacked with scales of one, then multiplied."""
     size = (packed.out_features, packed.in_features)
-    ones = torch.ones_like(packed.scales.view(packed.dtype)).view(torch.int32)
-    integers = unpack(packed.words, ones, packed.zeros, *size, packed.dtype).double()
-    if packed.words.shape[2] == 2:
-        rows = scales.view(-1, 8, 2).permute(2, 0, 1).reshape(-1)[: size[0]]
+    if packed.scales is not None:
+        ones = torch.ones_like(packed.scales.view(packed.dtype)).view(torch.int32)
+        integers = unpack(packed.words, ones, *size, packed.dtype).double()
+        rows = packed.scales.view(packed.dtype).view(-1, 8, 2).permute(2, 0, 1).reshape(-1)[: size[0]]
         return integers * rows.double()[:, None]
-    tiles, units, groups, _ = packed.scales.shape
+    groups = form_of(packed.words).groups
+    scales = packed.words[:, :, 256 : 256 + 8 * groups].contiguous().view(packed.dtype)
+    words = packed.words.clone()
+    words[:, :, 256 : 256 + 8 * groups] = torch.ones_like(scales).view(torch.int32)
+    integers = unpack(words, None, *size, packed.dtype).double()
+    tiles, units = packed.words.shape[:2]
     rows = scales.view(tiles, units, groups, 8, 2).permute(4, 0, 3, 1, 2).reshape(16 * tiles, units * groups)
     return integers * rows.double().repeat_interleave(128 // groups, dim=1)[: size[0], : size[1]]
 
@@ -144,64 +148,59 @@ def test_compiles_in_one_graph_and_passes_opcheck() -> None:
     packed = linear(512, 256, "g64 zeros", torch.bfloat16, bias=True)
     compiled = torch.compile(lambda x: fused.linear_add(x, packed, residual) * 2, fullgraph=True)
     assert torch.equal(compiled(x), fused.linear_add(x, packed, residual) * 2)
-    weight = (packed.words, packed.scales, packed.zeros, packed.bias)
+    weight = (packed.words, packed.scales, packed.bias)
     torch.library.opcheck(packed_linear.packed_linear, (x, norm.weight, 1e-5, *weight, residual, 512, False))
     torch.library.opcheck(packed_linear.packed_swiglu, (x, norm.weight, 1e-5, *weight, 512))
     torch.library.opcheck(packed_linear.packed_greedy_head, (x, norm.weight, 1e-5, *weight, 512))
 
 
-def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any]) -> dict[str, Any]:
-    """Compile a kernel for a GPU that need not be there; return its code at every stage."""
+def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any]) -> Any:
+    """Compile a kernel for a GPU that need not be there."""
     types = {
-        "words": "*u32", "scales": "*u32", "zeros": "*u32", "factors": "*fp32", "best": "*fp32", "ids": "*i32",
-        "tokens": "i32", "n": "i32", "tiles": "i32", "eps": "fp32",
+        "words": "*i32", "scales": "*i32", "factors": "*fp32", "best": "*fp32", "ids": "*i32", "tokens": "i32",
+        "n": "i32", "tiles": "i32", "late": "i32", "eps": "fp32",
     }  # fmt: skip
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names
-    }  # fmt: skip
+    signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if signature[name].startswith("*")
     }
-    options = {"num_warps": packed_linear.WARPS} | ({"launch_pdl": True} if capability >= 90 else {})
+    options = {"num_warps": WARPS.value} | ({"launch_pdl": True} if capability >= 90 else {})
     source = GluonASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @compiled_ahead
 @pytest.mark.parametrize(("capability", "pdl"), support.TARGETS)
 @pytest.mark.parametrize(
-    ("name", "sets", "bits"), [("linear", 0, 4), ("swiglu", 2, 4), ("best", 0, 8), ("linear", 2, 8)]
-)
-def test_weights_go_from_memory_to_the_tensor_cores_in_registers(
-    name: str, sets: int, bits: int, capability: int, pdl: bool
+    ("name", "tokens", "form"),
+    [
+        ("linear", 1, Form(1, 1, True)), ("swiglu", 16, Form(1, 4, False)), ("best", 1, Form(2, 0, False)),
+        ("linear", 8, Form(2, 0, False)),
+    ],
+)  # fmt: skip
+def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
+    name: str, tokens: int, form: Form, capability: int, pdl: bool
 ) -> None:
-    shape = packed_linear.SHAPES[bits][0 if sets == 0 else 1]
+    sets, shape = packed_linear.choose(form, 4096, tokens)
+    slots = packed_linear.ring_slots(form, 4096, sets, shape)
     constants = {
-        "WIDTH": 4096, "PLANES": bits // 4, "SUB": 0 if bits == 8 else 1, "SETS": sets, "R": shape.tiles,
-        "U": shape.units, "STAGES": shape.stages, "WARPS": packed_linear.WARPS, "PDL": pdl, "bias": None,
+        "WIDTH": 4096, "PLANES": form.planes, "GROUPS": form.groups, "ZEROS": form.zeros, "SETS": sets,
+        "R": shape.tiles, "STAGES": slots, "PDL": pdl, "bias": None,
     }  # fmt: skip
     constants |= {"factors": None} if sets == 0 else {"norm": None}
-    constants |= {"zeros": None} if bits == 8 else {}
-    code = compile_ahead(getattr(packed_linear, f"packed_{name}_kernel"), capability, constants)
-    ptx = code["ptx"]
-    assert code["cubin"], "ptxas gives a binary"
-    words = "cp.async.cg.shared.global"
-    assert ptx.count("mma.sync.aligned.m16n8k16") >= 8 and "ld.shared.v4" in ptx and ".x4.shared" not in ptx
-    assert words in ptx[ptx.index("mma.sync") :], "copies run ahead in the loop"
+    constants |= {"scales": None} if form.planes == 1 else {}
+    compiled = compile_ahead(getattr(packed_linear, f"packed_{name}_kernel"), capability, constants)
+    ptx, copied = compiled.asm["ptx"], "cp.async.cg.shared.global"
+    assert compiled.asm["cubin"], "ptxas gives a binary"
+    slot = packed_product.slot_bytes(*form, sets, shape.tiles)
+    memory = packed_product.fixed_bytes(4096, sets, shape.tiles) + WARPS.value * slots * slot
+    assert compiled.metadata.shared == triton.cdiv(memory, 1024) * 1024, "nothing else lies in shared memory"
+    copies = shape.tiles * triton.cdiv(packed_product.record_bytes(*form), 512) + 4 * sets
+    assert ptx.count(copied) == slots * copies, "all slots but one are filled ahead, and one in the loop"
+    products = ptx[ptx.index("mma.sync") : ptx.rindex("mma.sync")]
+    assert products.count("mma.sync.aligned.m16n8k16") >= 7 and "bar.sync" not in products
+    assert "ld.shared.v4" in ptx and ".x4.shared" not in ptx, "operands are read as they lie there"
     if pdl:
         wait = ptx.index("griddepcontrol.wait")
-        assert ptx.index(words) < wait < ptx.index("mma.sync"), "weights are copied before the wait"
-
-
-@on_gpu
-@pytest.mark.parametrize(
-    ("form", "width"),
-    [("int8", 2752), ("int8", 2816), ("g32 zeros", 96), ("g64", 192), ("g64", 2752), ("g128 zeros", 2688)],
-)
-def test_a_part_of_a_sum_is_not_rounded(form: str, width: int) -> None:
-    for tokens in (1, 16):
-        x, _, _ = inputs(4096, width, tokens, torch.bfloat16)
-        packed = linear(4096, width, form, torch.bfloat16, bias=True)
-        actual = support.poisoned(fused.partial_linear, x, packed)
-        assert actual.dtype is torch.float32
-        assert support.distance(actual, reference.partial_linear(x.double(), in_fp64(packed))) < 1e-4
+        assert ptx.index(copied) < wait < ptx.index("mma.sync"), "weights are copied before the wait"
+        assert wait < ptx.index("griddepcontrol.launch_dependents"), "the next kernel starts after the wait"
