@@ -66,8 +66,9 @@ def record_bytes(planes, groups, zeros):
 
 @gluon.constexpr_function
 def row_bytes(width):
-    """Return the shared memory that one token's x takes, in whole units a warp."""
-    return (width + 128 * WARPS.value - 1) // (128 * WARPS.value) * 256 * WARPS.value
+    """Return the shared memory that one token's x takes: what `load_row` returns."""
+    pieces = 16 * 32 * WARPS.value
+    return (2 * width + pieces - 1) // pieces * pieces
 
 
 @gluon.constexpr_function
@@ -120,8 +121,10 @@ def rms_scale(row, squares_at, eps, WIDTH: gl.constexpr, BF16: gl.constexpr):
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, lanes(WARPS)))
     store_float(squares_at + warp * 4, gl.sum(squares, axis=1), 0)
     barrier()
-    a, b = load_four(squares_at, 0), load_four(squares_at, 16)
-    return gl.rsqrt((add_four(a) + add_four(b)) / WIDTH + eps)
+    total = 0.0
+    for i in gl.static_range(WARPS // 4):
+        total += add_four(load_four(squares_at, 16 * i))
+    return gl.rsqrt(total / WIDTH + eps)
 
 
 @gluon.jit
@@ -430,13 +433,9 @@ def stream_product(  # noqa: PLR0912, PLR0915
 @gluon.jit
 def add_warps(address, SUMS: gl.constexpr):
     """Return the sums of the warps' pairs of fp32, which lie SUMS bytes apart, in the one order."""
-    firsts, seconds = (), ()
-    for w in gl.static_range(8):
-        first, second = load_floats(address, w * SUMS)
-        firsts += (first,)
-        seconds += (second,)
-    return (
-        ((firsts[0] + firsts[1]) + (firsts[2] + firsts[3])) + ((firsts[4] + firsts[5]) + (firsts[6] + firsts[7])),
-        ((seconds[0] + seconds[1]) + (seconds[2] + seconds[3]))
-        + ((seconds[4] + seconds[5]) + (seconds[6] + seconds[7])),
-    )
+    total = (0.0, 0.0)
+    for w in gl.static_range(0, WARPS, 4):
+        a, b = load_floats(address, w * SUMS), load_floats(address, w * SUMS + SUMS)
+        c, d = load_floats(address, w * SUMS + 2 * SUMS), load_floats(address, w * SUMS + 3 * SUMS)
+        total = (total[0] + ((a[0] + b[0]) + (c[0] + d[0])), total[1] + ((a[1] + b[1]) + (c[1] + d[1])))
+    return total
