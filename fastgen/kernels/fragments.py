@@ -1,33 +1,36 @@
-"""What one lane does by hand: private copies into shared memory, and the operands of mma.m16n8k16.
+"""What one lane does by hand: private copies into shared memory, and the operands of mma.m16n8k32.
 
 Everything here is a tensor [warps, 32] in the layout `lanes`: one register of every lane. What a lane copies it reads
 back itself, or leaves to its own warp, so a warp waits for its own copies (`arrive`) and never for another warp.
 Triton's own operations on shared memory put a barrier of the whole program around each; these are PTX, which Triton
-takes as it is. Pairs are two 16-bit floats, bf16 or fp16, in 32 bits. Gluon is Triton with explicit layouts.
+takes as it is. Gluon is Triton with explicit layouts.
 
-Sources: conversion of integers in the mantissa, arXiv 2211.10017; PTX ISA, cp.async, mma.m16n8k16, lop3.
+Source: PTX ISA, cp.async, mma.m16n8k32, prmt, dp4a.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+MAGIC = gl.constexpr(0x4B400000)
+"""1.5 * 2^23 as fp32: with an integer of at most 22 bits added to its bits, it is the float that much larger."""
+
 MMA = (
-    "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
+    "mma.sync.aligned.m16n8k32.row.col.s32.{}.s8.s32 "
     "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
 )
-MMA_BF16, MMA_FP16 = gl.constexpr(MMA.format("bf16")), gl.constexpr(MMA.format("f16"))
+MMA_U8, MMA_S8 = gl.constexpr(MMA.format("u8")), gl.constexpr(MMA.format("s8"))
 
-# word -> its four registers, d = (word rotated & 0x000f000f at the mantissa's place) | 16.0; lop3 0xEA is (a & b) | c.
-WIDEN_BF16 = gl.constexpr("""{ .reg .b32 r;
-    lop3.b32 $0, $4, 0x00780078, 0x41804180, 0xEA;
-    shf.r.wrap.b32 r, $4, $4, 4;  lop3.b32 $1, r, 0x00780078, 0x41804180, 0xEA;
-    shf.r.wrap.b32 r, $4, $4, 8;  lop3.b32 $2, r, 0x00780078, 0x41804180, 0xEA;
-    shf.r.wrap.b32 r, $4, $4, 12; lop3.b32 $3, r, 0x00780078, 0x41804180, 0xEA; }""")
-WIDEN_FP16 = gl.constexpr("""{ .reg .b32 r;
-    shf.l.wrap.b32 r, $4, $4, 3;  lop3.b32 $0, r, 0x03C003C0, 0x4C004C00, 0xEA;
-    shf.r.wrap.b32 r, $4, $4, 1;  lop3.b32 $1, r, 0x03C003C0, 0x4C004C00, 0xEA;
-    shf.r.wrap.b32 r, $4, $4, 5;  lop3.b32 $2, r, 0x03C003C0, 0x4C004C00, 0xEA;
-    shf.r.wrap.b32 r, $4, $4, 9;  lop3.b32 $3, r, 0x03C003C0, 0x4C004C00, 0xEA; }""")
+# Four fp32 times a power of two, rounded to integers n; n + 0x808080 has the digits + 128 in its bytes.
+DIGITS = gl.constexpr("""{ .reg .f32 f; .reg .b32 a, b, c, d, p, q;
+    fma.rn.f32 f, $3, $7, 0f4B400000; mov.b32 a, f; add.s32 a, a, 0x408080;
+    fma.rn.f32 f, $4, $7, 0f4B400000; mov.b32 b, f; add.s32 b, b, 0x408080;
+    fma.rn.f32 f, $5, $7, 0f4B400000; mov.b32 c, f; add.s32 c, c, 0x408080;
+    fma.rn.f32 f, $6, $7, 0f4B400000; mov.b32 d, f; add.s32 d, d, 0x408080;
+    prmt.b32 p, a, b, 0x5140; prmt.b32 q, c, d, 0x5140;
+    prmt.b32 $0, p, q, 0x5410; xor.b32 $0, $0, 0x80808080;
+    prmt.b32 $1, p, q, 0x7632; xor.b32 $1, $1, 0x80808080;
+    prmt.b32 p, a, b, 0x6262; prmt.b32 q, c, d, 0x6262;
+    prmt.b32 $2, p, q, 0x5410; xor.b32 $2, $2, 0x80808080; }""")
 
 
 @gluon.constexpr_function
@@ -129,11 +132,11 @@ def load_floats(address, OFFSET: gl.constexpr):
 
 
 @gluon.jit
-def store_floats(address, first, second, OFFSET: gl.constexpr):
-    """Store two fp32 in shared memory."""
+def store_floats(address, first, second, here, OFFSET: gl.constexpr):
+    """Store two fp32 in shared memory where `here` says so."""
     gl.inline_asm_elementwise(
-        f"st.shared.v2.f32 [$1 + {OFFSET}], {{$2, $3}}; // $0", "=r,r,f,f", [address, first, second],
-        dtype=gl.int32, is_pure=False, pack=1,
+        f"{{ .reg .pred p; setp.ne.b32 p, $4, 0; @p st.shared.v2.f32 [$1 + {OFFSET}], {{$2, $3}}; mov.b32 $0, 0; }}",
+        "=r,r,f,f,r", [address, first, second, here.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -146,11 +149,10 @@ def store_float(address, value, OFFSET: gl.constexpr):
 
 
 @gluon.jit
-def store_four(address, words, OFFSET: gl.constexpr):
-    """Store four words in shared memory."""
+def store_words(address, first, second, OFFSET: gl.constexpr):
+    """Store two words in shared memory."""
     gl.inline_asm_elementwise(
-        f"st.shared.v4.b32 [$1 + {OFFSET}], {{$2, $3, $4, $5}}; // $0", "=r,r,r,r,r,r",
-        [address, words[0], words[1], words[2], words[3]],
+        f"st.shared.v2.b32 [$1 + {OFFSET}], {{$2, $3}}; // $0", "=r,r,r,r", [address, first, second],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -166,31 +168,50 @@ def load_global(address, here):
 
 
 @gluon.jit
-def widen(word, BF16: gl.constexpr):
-    """Return the four pairs of 16 + q that a word of eight 4-bit weights stands for."""
+def nibbles(word):
+    """Return the low and the high four bits of each byte, as bytes."""
+    return word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F
+
+
+@gluon.jit
+def mma(a0, a1, a2, a3, b0, b1, c, SIGNED: gl.constexpr):
+    """Return c + a b in exact integers, [16, 32] of signed or unsigned bytes x [32, 8] of signed bytes a warp."""
     return gl.inline_asm_elementwise(
-        WIDEN_BF16 if BF16 else WIDEN_FP16, "=r,=r,=r,=r,r", [word],
-        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=True, pack=1,
+        MMA_S8 if SIGNED else MMA_U8, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+        [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
-def fma(a, b, c, BF16: gl.constexpr):
-    """Return a b + c of pairs of 16-bit floats, rounded once."""
+def digits(four, power):
+    """Return three words: the digits -128 .. 127 of 1, 256 and 65536, of four fp32 times a power of two."""
     return gl.inline_asm_elementwise(
-        "fma.rn.bf16x2 $0, $1, $2, $3;" if BF16 else "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c],
-        dtype=gl.uint32, is_pure=True, pack=1,
+        DIGITS, "=r,=r,=r,f,f,f,f,f", [four[0], four[1], four[2], four[3], power],
+        dtype=(gl.uint32, gl.uint32, gl.uint32), is_pure=True, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
-def mma(a, b0, b1, c, BF16: gl.constexpr):
-    """Return c + a b for operands in registers, [16, 16] x [16, 8] a warp."""
+def add_bytes(word, total):
+    """Return total plus the four signed bytes of a word."""
     return gl.inline_asm_elementwise(
-        MMA_BF16 if BF16 else MMA_FP16, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-        [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
-        dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+        "dp4a.s32.s32 $0, $1, 0x01010101, $2;", "=r,r,r", [word, total], dtype=gl.int32, is_pure=True, pack=1
     )  # fmt: skip
+
+
+@gluon.jit
+def swapped(value, MASK: gl.constexpr):
+    """Return the integer of the lane whose number differs in the bits of MASK."""
+    return gl.inline_asm_elementwise(
+        f"shfl.sync.bfly.b32 $0, $1, {MASK}, 0x1f, 0xffffffff;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def swapped_float(value, MASK: gl.constexpr):
+    """Return the fp32 of the lane whose number differs in the bits of MASK."""
+    return swapped(value.to(gl.int32, bitcast=True), MASK).to(gl.float32, bitcast=True)
 
 
 @gluon.jit

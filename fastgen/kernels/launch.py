@@ -122,5 +122,13 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return how much shared memory a program can have on a GPU, in KiB."""
+    if device.type != "cuda":
+        return 227
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) // 1024
+
+
+@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

@@ -6,22 +6,20 @@ to whole tiles and units is filled with zeros.
 
     tensor  shape                    dtype  content
     words   [tiles, units, record]   int32  a record is what a warp reads of a tile at once:
-                planes x [2, 32, 4]         eight 4-bit weights a word, see below
+                [2, 32, 4]                  int4: eight 4-bit weights a word, see below
+                [2, 2, 32, 4]               int8: four weights a word
                 groups x [8]                int4: two scales in the model's dtype, of row g of the first half in the low
                                             bits, of the second in the high; `groups` of 32, 64 or 128 columns in a
                                             unit (of 256: repeated in a second unit)
-                groups x [4]                int4 with zero points: 24 + zero point a byte, in their order g = 0 first
+                groups x [4]                int4 with zero points: 8 + zero point a byte, in their order g = 0 first
                                             half, g = 0 second half, g = 1 ..
     scales  [tiles, 8]               int32  int8: two scales as above, for all columns
 
-Word i of lane 4g + t in part h of a plane belongs to step s = 4h + i of eight, each a product of 16 rows and 16 columns
-(PTX ISA, mma.m16n8k16). With k = 32 (s / 2) + 8t + 4 (s mod 2), nibble 4j + m of the word is
-
-    row g of half m mod 2, column k + 2 (m / 2) + j         j = 0, 1   m = 0 .. 3
-
-after which the word is rotated left by three bits: nibble m of both 16-bit halves then stands in a bf16's mantissa
-once the word is rotated right by 4m. int4 stores q + 8 (one plane); int8 stores q + 128, its high four bits in plane
-0, the low in plane 1. A weight takes its 4 or 8 bits, nothing more.
+Word i of lane 4g + t in part c of a record holds columns k .. k + 3 of a unit, k = 64c + 32 (i / 2) + 8t + 4 (i mod 2),
+one a byte, from the lowest on: what the lane has of step 2c + i / 2 of four, each a product of 16 rows and 32 columns
+(PTX ISA, mma.m16n8k32). In the low four bits of a byte stands row g of the first half, q + 8, in the high four that of
+the second. int8 has a part [2, 32, 4] for each half of the rows instead, with q as it is. A weight takes its 4 or 8
+bits, nothing more.
 """
 
 from typing import NamedTuple
@@ -100,7 +98,7 @@ def pack_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Te
     pack_int4_kernel[(tiles, units)](packed.contiguous(), words, n, width, words.shape[2])
     words[:, :, PLANE : PLANE + 8 * groups] = _in_tiles(scale, tiles, units, group).view(torch.int32)
     if zero_point is not None:
-        zeros = _in_tiles(zero_point.to(torch.uint8) + 24, tiles, units, group)
+        zeros = _in_tiles(zero_point.to(torch.uint8) + 8, tiles, units, group)
         words[:, :, PLANE + 8 * groups :] = zeros.view(torch.int32)
     return PackedLinear(words, None, bias, out_features=n, in_features=width, dtype=scale.dtype)
 
@@ -141,54 +139,42 @@ def _(words: Tensor, scales: Tensor | None, n: int, width: int, dtype: torch.dty
 
 
 @triton.jit
-def _place(n):
-    """Return half, row and column [256, 8] of the nibbles of this program's unit, and their shifts."""
-    word = tl.arange(0, 256)[:, None]
-    nibble = tl.arange(0, 8)[None, :]
-    step = word // 128 * 4 + word % 4
-    g, t = word % 128 // 16, word // 4 % 4
-    j, m = nibble // 4, nibble % 4
-    half = m % 2
-    row = half * (tl.num_programs(0) * 8) + tl.program_id(0) * 8 + g
-    column = tl.program_id(1) * 128 + step // 2 * 32 + t * 8 + step % 2 * 4 + m // 2 * 2 + j
-    return half, g, row, column, (nibble * 4 + 3) % 32
+def _place():
+    """Return the words of a part [2, 32, 4] and their bytes [256, 4]: row g of a half of the tile, column."""
+    word, byte = tl.arange(0, 256)[:, None], tl.arange(0, 4)[None, :]
+    c, g, t, i = word // 128, word % 128 // 16, word // 4 % 4, word % 4
+    return word, byte, g, tl.program_id(1) * 128 + c * 64 + i // 2 * 32 + t * 8 + i % 2 * 4 + byte
 
 
 @triton.jit
-def _rotated(nibbles, nibble):
-    """Return the words [256] of nibbles [256, 8] uint32."""
-    word = tl.sum(nibbles << (nibble * 4), axis=1)
-    return (word << 3) | (word >> 29)
-
-
-@triton.jit
-def _field(words, shift):
-    """Return the four bits from `shift` on, which may run around a word's end."""
-    bits = words.to(tl.uint32)
-    return ((bits >> shift) | (bits << ((32 - shift) % 32))) & 15
+def _row(g, half):
+    return half * (tl.num_programs(0) * 8) + tl.program_id(0) * 8 + g
 
 
 @triton.jit
 def pack_int4_kernel(packed, words, n, width, record):
     """Grid (tiles, units); packed [n, width / 8], weight 8j + i of a row in bits 4i of its word j."""
-    _half, _g, row, column, _shift = _place(n)
-    here = (row < n) & (column < width)
-    q = tl.load(packed + row.to(tl.int64) * (width // 8) + column // 8, mask=here, other=0)
-    q = (q >> (column % 8 * 4)) & 15
+    _word, byte, g, column = _place()
+    bits = tl.zeros([256, 4], tl.uint32)
+    for half in tl.static_range(2):
+        row = _row(g, half)
+        here = (row < n) & (column < width)
+        q = tl.load(packed + row.to(tl.int64) * (width // 8) + column // 8, mask=here, other=0)
+        bits |= ((q >> (column % 8 * 4)) & 15).to(tl.uint32) << (byte * 8 + 4 * half)
     at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * record
-    tl.store(words + at + tl.arange(0, 256), _rotated(q.to(tl.uint32), tl.arange(0, 8)[None, :]).to(tl.int32))
+    tl.store(words + at + tl.arange(0, 256), tl.sum(bits, axis=1).to(tl.int32))
 
 
 @triton.jit
 def pack_int8_kernel(weight, words, n, width):
     """Grid (tiles, units); weight [n, width] int8."""
-    _half, _g, row, column, _shift = _place(n)
-    here = (row < n) & (column < width)
-    q = tl.load(weight + row.to(tl.int64) * width + column, mask=here, other=0).to(tl.int32) + 128
+    _word, byte, g, column = _place()
     at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 512 + tl.arange(0, 256)
-    nibble = tl.arange(0, 8)[None, :]
-    tl.store(words + at, _rotated((q >> 4).to(tl.uint32), nibble).to(tl.int32))
-    tl.store(words + at + 256, _rotated((q & 15).to(tl.uint32), nibble).to(tl.int32))
+    for half in tl.static_range(2):
+        row = _row(g, half)
+        q = tl.load(weight + row.to(tl.int64) * width + column, mask=(row < n) & (column < width), other=0)
+        bits = (q.to(tl.int32) & 255).to(tl.uint32) << (byte * 8)
+        tl.store(words + at + half * 256, tl.sum(bits, axis=1).to(tl.int32))
 
 
 @triton.jit
@@ -199,22 +185,20 @@ def unpack_kernel(
 
     A record has `record` words; GROUPS of a unit, 0: int8.
     """
-    half, g, row, column, shift = _place(n)
+    word, byte, g, column = _place()
     at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * record
-    word = tl.arange(0, 256)[:, None]
-    q = _field(tl.load(words + at + word), shift)
-    if GROUPS == 0:
-        low = _field(tl.load(words + at + 256 + word), shift)
-        q = (q * 16 + low).to(tl.float32) - 128.0
-        scale = tl.load(scales + tl.program_id(0) * 16 + g * 2 + half)
-    else:
-        place = column % 128 // (128 // GROUPS) * 16 + g * 2 + half
-        scale = tl.load(scales + (at + 256) * 2 + place)
-        q = q.to(tl.float32)
-        if ZEROS:
-            q += 16.0 - tl.load(zeros + (at + 256 + 8 * GROUPS) * 4 + place).to(tl.float32)
+    for half in tl.static_range(2):
+        if GROUPS == 0:
+            q = tl.load(words + at + half * 256 + word) << (24 - byte * 8) >> 24
+            scale = tl.load(scales + tl.program_id(0) * 16 + g * 2 + half)
         else:
-            q -= 8.0
-    here = (row < n) & (column < width)
-    value = (q * scale.to(tl.float32)).to(weight.dtype.element_ty)
-    tl.store(weight + row.to(tl.int64) * width + column, value, mask=here)
+            q = (tl.load(words + at + word) >> (byte * 8 + 4 * half)) & 15
+            place = column % 128 // (128 // GROUPS) * 16 + g * 2 + half
+            scale = tl.load(scales + (at + 256) * 2 + place)
+            if ZEROS:
+                q -= tl.load(zeros + (at + 256 + 8 * GROUPS) * 4 + place).to(tl.int32)
+            else:
+                q -= 8
+        row = _row(g, half)
+        value = (q.to(tl.float32) * scale.to(tl.float32)).to(weight.dtype.element_ty)
+        tl.store(weight + row.to(tl.int64) * width + column, value, mask=(row < n) & (column < width))

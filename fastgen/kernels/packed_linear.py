@@ -16,9 +16,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels import launch
+from fastgen.kernels.fixed_point import WARPS, digit_bytes, prepare_kernel
 from fastgen.kernels.head import pick_token_kernel
 from fastgen.kernels.packed import TILE, UNIT, Form, form_of
-from fastgen.kernels.packed_product import WARPS, fixed_bytes, prepare_kernel, slot_bytes, stream_product
+from fastgen.kernels.packed_product import fixed_bytes, slot_bytes, stream_product
+
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 class Shape(NamedTuple):
@@ -40,10 +43,10 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    4: (Shape(2, 104, 1, 4, 128), Shape(2, 136, 1, 2, 128), Shape(2, 200, 1, 2, 128)),
-    8: (Shape(1, 104, 1, 4, 128), Shape(1, 136, 1, 2, 128), Shape(1, 200, 1, 2, 128)),
+    4: (Shape(2, 160, 1, 1000, 128), Shape(2, 190, 1, 1000, 128), Shape(2, 190, 1, 1000, 168)),
+    8: (Shape(1, 160, 1, 1000, 128), Shape(2, 190, 1, 1000, 128), Shape(1, 190, 1, 1000, 128)),
 }
-"""By bits, for one token, for up to 8 and up to 16; from sweeps on an H200."""
+"""By bits, for one token, for up to 8 and up to 16; one token's from sweeps on an H200."""
 
 
 @torch.library.custom_op("fastgen::packed_linear", mutates_args=())
@@ -104,47 +107,58 @@ def _(x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor | None,
 
 def _launch(
     kernel: Any, x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor | None, n: int,
-    **tensors: Tensor | None,
+    *, bias: Tensor | None, **of_tokens: Tensor | None,
 ) -> None:  # fmt: skip
     width, form = x.shape[-1], form_of(words)
     tiles, units = words.shape[:2]
     tokens = x.numel() // width
     x = x.reshape(tokens, width).contiguous()
+    sets, shape, slots = choose(form, width, tokens, launch.shared_memory(x.device))
+    if slots < 2 and sets == 2:  # on a GPU of little shared memory
+        for part in (slice(0, 8), slice(8, tokens)):
+            parts = {name: None if all_ is None else all_.view(tokens, -1)[part] for name, all_ in of_tokens.items()}
+            _launch(kernel, x[part], norm, eps, words, scales, n, bias=bias, **parts)
+        return
     if width % UNIT:
         x = F.pad(x, (0, units * UNIT - width))
         norm = None if norm is None else F.pad(norm, (0, units * UNIT - width))
     options = launch.dependent_launch(x.device)
-    sets, shape = choose(form, width, tokens)
-    factors = None
-    if norm is not None and sets:
-        scaled, factors = torch.empty_like(x), torch.empty(tokens, dtype=torch.float32, device=x.device)
+    given, factors = x, None
+    if sets:
+        size = digit_bytes(form.groups, sets) // 4
+        given = torch.empty(units * size, dtype=torch.int32, device=x.device)
+        factors = torch.empty(tokens, dtype=torch.float32, device=x.device)
         prepare_kernel[(tokens,)](
-            x, norm, scaled, factors, eps, WIDTH=width, PDL=bool(options), num_warps=WARPS.value, **options
-        )
-        x, norm = scaled, None
+            x, norm, given, factors, eps, WIDTH=width, GROUPS=form.groups, SETS=sets, PDL=bool(options),
+            num_warps=WARPS.value, **options,
+        )  # fmt: skip
+        norm = None
     grid = (min(tiles, shape.per_processor * launch.processors(x.device)),)
     kernel[grid](
-        x, norm, factors, words, scales, tokens, n, tiles, shape.late, eps, **tensors, WIDTH=width, PLANES=form.planes,
-        GROUPS=form.groups, ZEROS=form.zeros, SETS=sets, R=shape.tiles, STAGES=ring_slots(form, width, sets, shape),
-        PDL=bool(options), num_warps=WARPS.value, maxnreg=shape.registers, **options,
+        given, norm, factors, words, scales, tokens, n, tiles, shape.late, eps, bias=bias, **of_tokens, WIDTH=width,
+        PLANES=form.planes, GROUPS=form.groups, ZEROS=form.zeros, SETS=sets, R=shape.tiles, STAGES=slots,
+        DTYPE=DTYPES[x.dtype], PDL=bool(options), num_warps=WARPS.value, maxnreg=shape.registers, **options,
     )  # fmt: skip
 
 
-def choose(form: Form, width: int, tokens: int) -> tuple[int, Shape]:
-    """Return how many sets of eight tokens a product takes, 0 for the form of one token, and its shape.
+def choose(form: Form, width: int, tokens: int, memory: int) -> tuple[int, Shape, int]:
+    """Return how many sets of eight tokens a product takes, its shape, and the slots of the ring in `memory` KiB.
 
-    One token whose x leaves no room for a ring is read as several are.
+    There are 0 sets in the form of one token. One token whose x leaves no room for a ring is read as several are.
     """
-    shapes = SHAPES[4 * form.planes]
-    if tokens == 1 and ring_slots(form, width, 0, shapes[0]) >= 3:
-        return 0, shapes[0]
+    alone, *several = SHAPES[4 * form.planes]
+    slots = _ring_slots(form, width, 0, alone, memory)
+    if tokens == 1 and slots >= 3:
+        return 0, alone, slots
     sets = triton.cdiv(tokens, 8)
-    return sets, shapes[sets]
+    shape = several[sets - 1]
+    while shape.tiles > 1 and _ring_slots(form, width, sets, shape, memory) < 2:
+        shape = shape._replace(tiles=shape.tiles // 2)
+    return sets, shape, _ring_slots(form, width, sets, shape, memory)
 
 
-def ring_slots(form: Form, width: int, sets: int, shape: Shape) -> int:
-    """Return how many slots a warp's ring has in what a program takes of shared memory."""
-    left = shape.memory * 1024 - fixed_bytes(width, sets, shape.tiles)
+def _ring_slots(form: Form, width: int, sets: int, shape: Shape, memory: int) -> int:
+    left = min(shape.memory, memory) * 1024 - fixed_bytes(width, form.groups, sets, shape.tiles)
     return int(left // (WARPS.value * slot_bytes(*form, sets, shape.tiles)))
 
 
@@ -152,12 +166,12 @@ def ring_slots(form: Form, width: int, sets: int, shape: Shape) -> int:
 def packed_linear_kernel(
     x, norm, factors, words, scales, tokens, n, tiles, late, eps, bias, residual, out, WIDTH: gl.constexpr,
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
-    STAGES: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, residual [tokens, n] or None, out [tokens, n]; the rest as `stream_product` has it."""
     stream_product(
         x, norm, factors, words, scales, tokens, n, tiles, late, eps, _load_residual, _store, (out, bias, residual),
-        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, PDL,
+        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, DTYPE, PDL,
     )  # fmt: skip
 
 
@@ -165,12 +179,12 @@ def packed_linear_kernel(
 def packed_swiglu_kernel(
     x, norm, factors, words, scales, tokens, n, tiles, late, eps, bias, out, WIDTH: gl.constexpr,
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
-    STAGES: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, out [tokens, n / 2]; the rest as `stream_product` has it."""
     stream_product(
         x, norm, factors, words, scales, tokens, n, tiles, late, eps, _nothing, _gate_and_store, (out, bias),
-        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, PDL,
+        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, DTYPE, PDL,
     )  # fmt: skip
 
 
@@ -178,12 +192,12 @@ def packed_swiglu_kernel(
 def packed_best_kernel(
     x, norm, factors, words, scales, tokens, n, tiles, late, eps, bias, best, ids, WIDTH: gl.constexpr,
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
-    STAGES: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, best and ids [tokens, tiles]; the rest as `stream_product` has it."""
     stream_product(
         x, norm, factors, words, scales, tokens, n, tiles, late, eps, _nothing, _store_best, (best, ids, bias),
-        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, PDL,
+        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, DTYPE, PDL,
     )  # fmt: skip
 
 

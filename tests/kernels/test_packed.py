@@ -42,13 +42,19 @@ def check_golden_bytes() -> None:
     record = linear.words[0, 0].cpu()
     assert linear.scales is None and linear.words.shape == (1, 1, 256 + 8 + 4)
     words = record[:256].view(2, 32, 4)
-    # Lane 0: rows 0 and 8; columns 0, 1, 2, 3. Nibbles from m = 0, j = 0 on: 0, 8, 2, 10; then j = 1: 1, 9, 3, 11.
-    assert words[0, 0, 0].item() & 0xFFFFFFFF == (0xB391A280 << 3 | 0xB391A280 >> 29) & 0xFFFFFFFF
-    # Lane 6 is g = 1, t = 2, word 3 of part 1 is step 7: columns 96 + 16 + 4 .. 96 + 16 + 7 of rows 1 and 9.
-    assert words[1, 6, 3].item() & 0xFFFFFFFF == (0x08E6F7D5 << 3 | 0x08E6F7D5 >> 29) & 0xFFFFFFFF
+    # Lane 0: columns 0 to 3, row 0 in the low four bits of a byte, row 8 in the high four.
+    assert words[0, 0, 0].item() & 0xFFFFFFFF == 0xB3A29180
+    # Lane 6 is g = 1, t = 2, word 3 of part 1: columns 64 + 32 + 16 + 4 .. + 7 of rows 1 and 9.
+    assert words[1, 6, 3].item() & 0xFFFFFFFF == 0x08F7E6D5
     scales = record[256:264].view(torch.float16).tolist()
     assert scales[:4] == [1.0, 9.0, 2.0, 10.0] and scales[-1] == 16.0
-    assert record[264:].view(torch.uint8).tolist()[:4] == [16, 24, 17, 25]
+    assert record[264:].view(torch.uint8).tolist()[:4] == [0, 8, 1, 9]
+    linear = pack_int8(q * 16 + 5, scale, None)
+    # Row 8 of the tile, part 1, lane 1, word 2: columns 64 + 32 + 8 .. + 3 of the second half.
+    assert linear.words.shape == (1, 1, 512) and linear.scales is not None
+    word = linear.words[0, 0].cpu().view(2, 2, 32, 4)[1, 1, 1, 2].item()
+    assert [word >> 8 * i & 255 for i in range(4)] == [((8 + 104 + i) % 16 - 8) * 16 + 5 & 255 for i in range(4)]
+    assert linear.scales.cpu().view(torch.float16).flatten().tolist()[:4] == [1.0, 9.0, 2.0, 10.0]
 
 
 def check_round_trip(out: int, width: int, group: int) -> None:

@@ -7,11 +7,11 @@ import torch
 import triton
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fastgen.kernels import fused, packed_linear, packed_product, reference
+from fastgen.kernels import fixed_point, fused, launch, packed_linear, packed_product, reference
 from fastgen.kernels.packed import Form, PackedLinear, form_of, pack_int4, pack_int8, unpack
-from fastgen.kernels.packed_product import WARPS
 from quantize import int4, int8
 from tests.kernels import support
 from tests.kernels.support import compiled_ahead, on_gpu
@@ -103,7 +103,7 @@ def test_odd_sizes(out: int, width: int) -> None:
 @on_gpu
 @pytest.mark.parametrize("form", ["int8", "g32", "g128 zeros"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("out", "width"), [(112, 64), (4096, 4096), (512, 11008), (128, 28672)])
+@pytest.mark.parametrize(("out", "width"), [(112, 128), (4096, 4096), (512, 11008), (128, 28672)])
 def test_a_token_has_the_same_bits_among_others(out: int, width: int, dtype: torch.dtype, form: str) -> None:
     x, norm, residual = inputs(out, width, 16, dtype)
     packed = linear(out, width, form, dtype)
@@ -154,17 +154,37 @@ def test_compiles_in_one_graph_and_passes_opcheck() -> None:
     torch.library.opcheck(packed_linear.packed_greedy_head, (x, norm.weight, 1e-5, *weight, 512))
 
 
+@on_gpu
+@pytest.mark.parametrize("form", ["int8", "g32 zeros"])
+def test_little_shared_memory_changes_no_bits(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, norm, residual = inputs(512, 1024, 16, torch.bfloat16)
+    packed = linear(512, 1024, form, torch.bfloat16)
+    wanted = fused.norm_linear(x, norm, packed), fused.linear_add(x, packed, residual)
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 99)
+    assert torch.equal(fused.norm_linear(x, norm, packed), wanted[0])
+    assert torch.equal(fused.linear_add(x, packed, residual), wanted[1])
+
+
+@pytest.mark.parametrize("memory", [99, 163, 227])
+def test_eight_tokens_fit_every_gpu(memory: int) -> None:
+    for form in (Form(1, 1, True), Form(1, 4, True), Form(2, 0, False)):
+        for width in (64, 4096, 11008, 28672):
+            for tokens in (1, 2, 8):
+                assert packed_linear.choose(form, width, tokens, memory)[2] >= 2
+
+
 def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any]) -> Any:
     """Compile a kernel for a GPU that need not be there."""
     types = {
         "words": "*i32", "scales": "*i32", "factors": "*fp32", "best": "*fp32", "ids": "*i32", "tokens": "i32",
         "n": "i32", "tiles": "i32", "late": "i32", "eps": "fp32",
     }  # fmt: skip
+    types |= {"x": "*i32"} if constants["SETS"] else {}
     signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if signature[name].startswith("*")
     }
-    options = {"num_warps": WARPS.value} | ({"launch_pdl": True} if capability >= 90 else {})
+    options = {"num_warps": fixed_point.WARPS.value} | ({"launch_pdl": True} if capability >= 90 else {})
     source = GluonASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -181,11 +201,10 @@ def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any]) -> An
 def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
     name: str, tokens: int, form: Form, capability: int, pdl: bool
 ) -> None:
-    sets, shape = packed_linear.choose(form, 4096, tokens)
-    slots = packed_linear.ring_slots(form, 4096, sets, shape)
+    sets, shape, slots = packed_linear.choose(form, 4096, tokens, 227 if capability == 90 else 163)
     constants = {
         "WIDTH": 4096, "PLANES": form.planes, "GROUPS": form.groups, "ZEROS": form.zeros, "SETS": sets,
-        "R": shape.tiles, "STAGES": slots, "PDL": pdl, "bias": None,
+        "R": shape.tiles, "STAGES": slots, "DTYPE": gl.bfloat16, "PDL": pdl, "bias": None,
     }  # fmt: skip
     constants |= {"factors": None} if sets == 0 else {"norm": None}
     constants |= {"scales": None} if form.planes == 1 else {}
@@ -193,12 +212,13 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
     ptx, copied = compiled.asm["ptx"], "cp.async.cg.shared.global"
     assert compiled.asm["cubin"], "ptxas gives a binary"
     slot = packed_product.slot_bytes(*form, sets, shape.tiles)
-    memory = packed_product.fixed_bytes(4096, sets, shape.tiles) + WARPS.value * slots * slot
+    memory = packed_product.fixed_bytes(4096, form.groups, sets, shape.tiles) + fixed_point.WARPS.value * slots * slot
     assert compiled.metadata.shared == triton.cdiv(memory, 1024) * 1024, "nothing else lies in shared memory"
-    copies = shape.tiles * triton.cdiv(packed_product.record_bytes(*form), 512) + 4 * sets
-    assert ptx.count(copied) == slots * copies, "all slots but one are filled ahead, and one in the loop"
+    copies = shape.tiles * triton.cdiv(packed_product.record_bytes(*form), 512)
+    copies += triton.cdiv(fixed_point.digit_bytes(form.groups, sets), 512) if sets else 0
+    assert ptx.count(copied) >= slots * copies, "all slots but one are filled ahead, and one in the loop"
     products = ptx[ptx.index("mma.sync") : ptx.rindex("mma.sync")]
-    assert products.count("mma.sync.aligned.m16n8k16") >= 7 and "bar.sync" not in products
+    assert products.count("mma.sync.aligned.m16n8k32") >= 3 and "bar.sync" not in products
     assert "ld.shared.v4" in ptx and ".x4.shared" not in ptx, "operands are read as they lie there"
     if pdl:
         wait = ptx.index("griddepcontrol.wait")

@@ -1,0 +1,208 @@
+"""Activations as exact small integers: the other operand of `packed_product`.
+
+x times the norm's gain becomes a fixed-point number of 24 bits, scaled by a power of two so that the token's largest
+value takes 22 of them: three digits of base 256, -128 .. 127. What is rounded away is below 2^-22 of the largest
+value, so below 1e-5 of the vector's length for 20,000 columns, where bf16 rounds every value by 2e-3.
+
+One token's digits lie in shared memory, made by every program (`stage_token`); those of several are made before
+(`prepare_kernel`). Both serve as the columns of mma.m16n8k32: of one token, the digits are three columns of one
+product; of several, each digit takes a product of its own, with eight tokens as columns. Because products and sums of
+integers are exact, nothing here has an order, and a token's bits do not depend on the others.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fastgen.kernels.fragments import (
+    add_bytes,
+    barrier,
+    digits,
+    halves,
+    lanes,
+    load_floats,
+    load_four,
+    load_global,
+    shared_memory,
+    statement,
+    store_float,
+    store_words,
+    swapped,
+    swapped_float,
+)
+
+WARPS = gl.constexpr(8)
+"""Warps that share a row; they are the order of every sum along K."""
+
+
+@gluon.constexpr_function
+def digit_bytes(groups, sets):
+    """Return the size of a unit of x, digits and sums of groups: of one token, or of `sets` of eight."""
+    return sets * (3072 + 96 * groups) if sets else 384 + 16 * groups
+
+
+@gluon.jit
+def lane_of(WARPS: gl.constexpr):
+    """Return the number of each lane in its warp, and of its warp, [1, 32] and [warps, 1]."""
+    L: gl.constexpr = lanes(WARPS)
+    return gl.arange(0, 32, gl.SliceLayout(0, L))[None, :], gl.arange(0, WARPS, gl.SliceLayout(1, L))[:, None]
+
+
+@gluon.jit
+def load_row(x, UNITS: gl.constexpr):
+    """Return x [128 UNITS], eight values a lane in each of some pieces, zeros behind it."""
+    lane, warp = lane_of(WARPS)
+    row = ()
+    for i in gl.static_range((UNITS + 2 * WARPS - 1) // (2 * WARPS)):
+        piece = (i * WARPS + warp) * 32 + lane
+        row += (load_global(x.to(gl.int64) + piece * 16, piece < UNITS * 16),)
+    return row
+
+
+@gluon.jit
+def as_floats(words, BF16: gl.constexpr):
+    """Return the eight fp32 of four words."""
+    a, b, c, d = (
+        halves(words[0], BF16), halves(words[1], BF16), halves(words[2], BF16), halves(words[3], BF16)
+    )  # fmt: skip
+    return a + b + c + d
+
+
+@gluon.jit
+def scales_of(row, gains, address, eps, WIDTH: gl.constexpr, BF16: gl.constexpr):
+    """Return a row of WIDTH values times the gains in fp32, a power of two, and what the product is multiplied with.
+
+    The power brings the largest value to 22 bits; for an infinite or NaN value the last is NaN. 64 bytes at
+    `address` serve the exchange.
+    """
+    lane, warp = lane_of(WARPS)
+    squares = gl.zeros([WARPS, 32], gl.float32, lanes(WARPS))
+    peak = gl.zeros([WARPS, 32], gl.int32, lanes(WARPS))
+    values = ()
+    for i in gl.static_range(len(row)):
+        eight = as_floats(row[i], BF16)
+        if gains is not None:
+            gain, scaled = as_floats(gains[i], BF16), ()
+            for j in gl.static_range(8):
+                squares += eight[j] * eight[j]
+                scaled += (eight[j] * gain[j],)
+            eight = scaled
+        for j in gl.static_range(8):
+            peak = gl.maximum(peak, eight[j].to(gl.int32, bitcast=True) & 0x7FFFFFFF)
+        values += (eight,)
+    for i in gl.static_range(5):
+        peak = gl.maximum(peak, swapped(peak, 1 << i))
+        squares += swapped_float(squares, 1 << i)
+    store_float(address + warp * 4 + lane * 0, peak.to(gl.float32, bitcast=True), 0)
+    store_float(address + warp * 4 + lane * 0, squares, 32)
+    barrier()
+    a, b, c, d = load_four(address, 0), load_four(address, 16), load_four(address, 32), load_four(address, 48)
+    top = gl.maximum(highest(a), highest(b)) >> 23
+    lifted = gl.maximum(top, 22)
+    power = ((275 - lifted) << 23).to(gl.float32, bitcast=True)
+    factor = ((lifted - 21) << 23).to(gl.float32, bitcast=True)
+    factor = gl.where(top == 255, float("nan"), factor)
+    if gains is not None:
+        factor *= gl.rsqrt((sum_of(c) + sum_of(d)) / WIDTH + eps)
+    return values, power, factor
+
+
+@gluon.jit
+def highest(four):
+    """Return the largest of four words, none of which is negative."""
+    return gl.maximum(gl.maximum(four[0], four[1]), gl.maximum(four[2], four[3])).to(gl.int32)
+
+
+@gluon.jit
+def sum_of(four):
+    """Return the sum of four fp32 that were loaded as words."""
+    first = four[0].to(gl.float32, bitcast=True) + four[1].to(gl.float32, bitcast=True)
+    return first + (four[2].to(gl.float32, bitcast=True) + four[3].to(gl.float32, bitcast=True))
+
+
+@gluon.jit
+def digits_of(eight, power, GROUPS: gl.constexpr):
+    """Return the digits of eight values, two words each, and the sums of each digit over the values' group."""
+    first = digits((eight[0], eight[1], eight[2], eight[3]), power)
+    second = digits((eight[4], eight[5], eight[6], eight[7]), power)
+    sums = ()
+    if GROUPS > 0:
+        for d in gl.static_range(3):
+            total = add_bytes(first[d], add_bytes(second[d], 0))
+            for i in gl.static_range(4 if GROUPS == 1 else 3 if GROUPS == 2 else 2):
+                total += swapped(total, 1 << i)
+            sums += (total.to(gl.float32),)
+    return first, second, sums
+
+
+@gluon.jit
+def prepare_kernel(
+    x, norm, blocks, factors, eps, WIDTH: gl.constexpr, GROUPS: gl.constexpr, SETS: gl.constexpr, PDL: gl.constexpr
+):  # fmt: skip
+    """Grid (tokens): the digits of x [tokens, 128 UNITS] times norm, and factors [tokens] for the product.
+
+    blocks [UNITS, digit_bytes] int32: digits [SETS, 3, 2, 32 lanes, 4 words], lane 4g + t with token g; then the sums
+    of groups [SETS, GROUPS, 3, 8 tokens] fp32.
+    """
+    UNITS: gl.constexpr = (WIDTH + 127) // 128
+    BF16: gl.constexpr = x.dtype.element_ty == gl.bfloat16
+    BLOCK: gl.constexpr = digit_bytes(GROUPS, SETS) // 4
+    lane, warp = lane_of(WARPS)
+    memory, address = shared_memory(1024, WARPS)
+    gains = None
+    if norm is not None:
+        gains = load_row(norm, UNITS)
+    if PDL:
+        statement("griddepcontrol.launch_dependents;")
+        statement("griddepcontrol.wait;")
+    barrier()
+    token = gl.program_id(0)
+    values, power, factor = scales_of(load_row(x + token * (UNITS * 128), UNITS), gains, address, eps, WIDTH, BF16)
+    gl.store(factors + token, factor)
+    for i in gl.static_range(len(values)):
+        first, second, sums = digits_of(values[i], power, GROUPS)
+        piece = (i * WARPS + warp) * 32 + lane
+        here = piece < UNITS * 16
+        place = piece % 16
+        block = blocks + piece // 16 * BLOCK
+        at = token // 8 * 768 + place // 8 * 128 + (token % 8 * 4 + place % 4) * 4 + place // 4 % 2 * 2
+        total = SETS * 768 + (token // 8 * GROUPS + place * GROUPS // 16) * 24 + token % 8
+        for d in gl.static_range(3):
+            gl.store(block + at + d * 256, first[d].to(gl.int32, bitcast=True), mask=here)
+            gl.store(block + at + d * 256 + 1, second[d].to(gl.int32, bitcast=True), mask=here)
+            if GROUPS > 0:
+                gl.store(block + total + d * 8, sums[d].to(gl.int32, bitcast=True), mask=here)
+    memory._keep_alive()
+
+
+@gluon.jit
+def stage_token(values, power, address, GROUPS: gl.constexpr):
+    """Store one token's digits, [unit, 2, 3, 4 t, 4 words], and the sums of its groups, [unit, group, 4] fp32."""
+    lane, warp = lane_of(WARPS)
+    BLOCK: gl.constexpr = digit_bytes(GROUPS, 0)
+    for i in gl.static_range(len(values)):
+        first, second, sums = digits_of(values[i], power, GROUPS)
+        piece = (i * WARPS + warp) * 32 + lane
+        place = piece % 16
+        block = address + piece // 16 * BLOCK
+        at = block + place // 8 * 192 + place % 4 * 16 + place // 4 % 2 * 8
+        for d in gl.static_range(3):
+            store_words(at, first[d], second[d], d * 64)
+            if GROUPS > 0:
+                store_float(block + place * GROUPS // 16 * 16, sums[d], 384 + 4 * d)
+
+
+@gluon.jit
+def load_products(digits_at, sums_at, GROUPS: gl.constexpr, SETS: gl.constexpr, TO: gl.constexpr):
+    """Return a lane's operands for a unit, eight words a product, and for its two columns the sums of each group."""
+    APART: gl.constexpr = 512 if SETS > 0 else 192
+    xs, sums = (), ()
+    for i in gl.static_range(max(3 * SETS, 1)):
+        xs += (load_four(digits_at, TO + 1024 * i) + load_four(digits_at, TO + 1024 * i + APART),)
+        of_groups = ()
+        for g in gl.static_range(GROUPS):
+            if SETS == 0:
+                of_groups += (load_floats(sums_at, 384 + 16 * g),)
+            else:
+                of_groups += (load_floats(sums_at, TO + 3072 * SETS + (i // 3 * GROUPS + g) * 96 + i % 3 * 32),)
+        sums += (of_groups,)
+    return xs, sums
