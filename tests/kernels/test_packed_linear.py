@@ -155,6 +155,20 @@ def test_compiles_in_one_graph_and_passes_opcheck() -> None:
 
 
 @on_gpu
+@pytest.mark.parametrize(
+    ("form", "width"),
+    [("int8", 2752), ("int8", 2816), ("g32 zeros", 96), ("g64", 192), ("g64", 2752), ("g128 zeros", 2688)],
+)
+def test_a_part_of_a_sum_is_not_rounded(form: str, width: int) -> None:
+    for tokens in (1, 16):
+        x, _, _ = inputs(4096, width, tokens, torch.bfloat16)
+        packed = linear(4096, width, form, torch.bfloat16, bias=True)
+        actual = support.poisoned(fused.partial_linear, x, packed)
+        assert actual.dtype is torch.float32
+        assert support.distance(actual, reference.partial_linear(x.double(), in_fp64(packed))) < 1e-4
+
+
+@on_gpu
 @pytest.mark.parametrize("form", ["int8", "g32 zeros"])
 def test_little_shared_memory_changes_no_bits(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, norm, residual = inputs(512, 1024, 16, torch.bfloat16)
