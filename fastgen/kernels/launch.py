@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 MAX_TOKENS = 16
 """Tokens (texts x new tokens) that the kernels take at once; more is a matter for tensor-core matmuls."""
@@ -126,7 +127,8 @@ def shared_memory(device: torch.device) -> int:
     """Return how much shared memory a program can have on a GPU, in KiB."""
     if device.type != "cuda":
         return 227
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) // 1024
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"]) // 1024
 
 
 @functools.cache
