@@ -8,7 +8,7 @@ damped by several factors, which gives several agreements. For each, and for eve
     speed-up   plain decoding's time over speculation's, first token apart, the same tokens
     formula    (1 - a^(K + 1)) / ((1 - a) (v + K c)), what a, v and c promise; `share` is what came of it
 
-`same` says whether the text is plain decoding's, token for token. `auto` has no formula. `--cases 0.01 1@0.3` are a
+`same` says whether the text is plain decoding's, token for token. `auto` has no formula, nor has a CPU. `--cases 0.01 1@0.3` are a
 factor each and, behind an @, a temperature; an undamped pair at a low temperature is text that nobody guesses. With
 --model a real target is measured instead of a shape, and whoever --draft names:
 
@@ -174,7 +174,7 @@ def record(
         "device": describe(target.placement.device),
         "versions": versions(),
     }
-    if isinstance(count, int):
+    if isinstance(count, int) and engine.device.type == "cuda":
         a, v = tally.acceptance or 0.0, statistics.median(tally.verify_seconds) / step
         c = statistics.median(tally.draft_seconds) / count / step
         expected = (count + 1 if a == 1 else (1 - a ** (count + 1)) / (1 - a)) / (v + count * c)

@@ -1,0 +1,49 @@
+"""Synthetic pairs agree as often as they are damped to, whatever the format of the target's weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastgen.options import GenerationOptions
+from fastgen.pairs import damp, first_layers
+from fastgen.speculation import Speculation
+from fastgen.speculative import SpeculativeEngine
+from quantize.int4 import Int4Linear
+from tests.models import random_model
+from tests.sharded import CASES, whole
+
+
+def test_the_more_a_target_is_damped_the_more_its_first_layers_agree_with_it() -> None:
+    target = random_model(n_layers=4)
+    options = GenerationOptions(max_new_tokens=60, ignore_eos=True)
+    found = []
+    for factor in (1.0, 0.02, 1e-6):
+        damp(target, layers=2, factor=factor)
+        engine = SpeculativeEngine(target, Speculation(draft=first_layers(target, 2), count=3), max_seq_len=96)
+        engine.generate([[1, 2, 3]], options)
+        found.append(engine.tally.acceptance)
+    assert found[0] < 0.5 < found[1] <= found[2] == 1
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4 g32"])
+def test_damping_quantized_weights_scales_them(quant: str) -> None:
+    target = whole(CASES[quant])
+    linear = target.transformer.layers[1].w_down
+    before = linear.weight_scale.clone()
+    damp(target, layers=1, factor=0.25)
+    assert linear.weight_scale.equal(before * 0.25)
+    assert isinstance(linear, Int4Linear) == (quant == "int4 g32")
+
+
+def test_scales_that_are_kept_as_bits_are_damped_as_numbers() -> None:
+    target = random_model(dtype="bf16")
+    for block in target.transformer.layers:
+        for name in ("wo", "w_down"):
+            packed = nn.Module()
+            scales = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.bfloat16)
+            packed.words = nn.Parameter(torch.zeros(4, dtype=torch.int32), requires_grad=False)
+            packed.scales = nn.Parameter(scales.view(torch.int32), requires_grad=False)
+            block.set_submodule(name, packed)
+    damp(target, layers=1, factor=0.5)
+    first, second = (block.wo.scales.view(torch.bfloat16).tolist() for block in target.transformer.layers)
+    assert first == [1.0, -2.0, 0.5, 3.0] and second == [0.5, -1.0, 0.25, 1.5]
