@@ -8,9 +8,9 @@ damped by several factors, which gives several agreements. For each, and for eve
     speed-up   plain decoding's time over speculation's, first token apart, the same tokens
     formula    (1 - a^(K + 1)) / ((1 - a) (v + K c)), what a, v and c promise; `share` is what came of it
 
-`same` says whether the text is plain decoding's, token for token. `auto` has no formula, nor has a CPU. `--cases 0.01 1@0.3` are a
-factor each and, behind an @, a temperature; an undamped pair at a low temperature is text that nobody guesses. With
---model a real target is measured instead of a shape, and whoever --draft names:
+`same` says whether the text is plain decoding's, token for token. `auto` has no formula, nor has a CPU. Each of
+`--cases 0.01 1@0.3` is a factor and, behind an @, a temperature; an undamped pair at a low temperature is text that
+nobody guesses. With --model a real target is measured instead of a shape, and whoever --draft names:
 
     scripts/bench_speculation.py --model stories --draft stories-draft --rounds 5
     scripts/bench_speculation.py --model smollm2 --draft ngram --prompt "$(cat poem.txt)"
