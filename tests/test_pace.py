@@ -77,6 +77,31 @@ def test_a_drafter_that_failed_is_tried_again() -> None:
     assert spent <= 2000 * 1.03 + 2000 * 0.6
 
 
+def test_a_trial_waits_until_it_can_be_paid_for() -> None:
+    """It may lose two plain steps, of which one and a half are free, and the rest is saved up at 0.015 a token."""
+    pace = LivePace({PLAIN: 1.0, Arm(0, 7): 3.0}, {0: MODEL_HOPE})
+    for _ in range(30):
+        assert pace.choose() == PLAIN
+        pace.record(PLAIN, 1.0, [1])
+    for _ in range(10):
+        pace.record(PLAIN, 1.0, [1])
+    assert pace.choose() == Arm(0, 7)
+
+
+def test_a_plain_step_that_slowed_down_says_so_of_every_arm() -> None:
+    """What costs 2.2 steps is no bargain because the machine takes twice as long for one."""
+    pace = LivePace({PLAIN: 1.0, Arm(0, 1): 2.2}, {0: MODEL_HOPE})
+    for _ in range(200):
+        pace.record(PLAIN, 2.0, [1])
+    assert pace.choose() == PLAIN
+
+
+def test_one_wild_timing_is_believed_in_part() -> None:
+    pace = LivePace({PLAIN: 1.0, Arm(0, 3): 1.2}, {0: MODEL_HOPE})
+    pace.record(Arm(0, 3), 100.0, [4])
+    assert pace.choose() == Arm(0, 3)
+
+
 def test_acceptance_is_counted_by_place() -> None:
     acceptance = Acceptance(7, MODEL_HOPE)
     for _ in range(200):
