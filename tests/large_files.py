@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from tests.bad_files import gguf_bytes, text
 from tests.bad_hf_folders import MODEL, Build
 from tests.checkpoint_writers import LLAMA, write_gguf, write_hf, write_torch
 from tests.quantized_writers import quantized_model, write_gptq
@@ -111,10 +112,22 @@ LARGE_CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     "a bias as long as the file": (one_long_bias, ("model.safetensors", "unexpected tensors (1)", "q_proj.bias")),
     "GGUF integers without an end": (gguf(counted(b"token_type", 40 + (1 << 24))), ("model.gguf", "token_type")),
     "GGUF texts without an end": (gguf(counted(b"ggml.tokens", 40 + (1 << 24))), ("model.gguf", "ggml.tokens")),
+    "GGUF tensors without an end": (
+        gguf(lambda content: struct.pack_into("<Q", content, 8, 1 << 20)), ("model.gguf", "of tensors is 1048576"),
+    ),
+    "GGUF arrays of a million together": (
+        gguf_bytes(
+            b"".join(text(key) + struct.pack("<IIQ", 9, 7, 600_000) + bytes(600_000) for key in ("a", "b")), fields=2
+        ),
+        ("model.gguf", "the length of b is 600000"),
+    ),
+    "GGUF fields without an end": (
+        gguf(lambda content: struct.pack_into("<Q", content, 16, 1 << 20)), ("model.gguf", "fields is 1048576"),
+    ),
     "GGUF arrays of a million": (gguf(counted(b"token_type", 1 << 20)), ("model.gguf",)),
     "a zip directory of 1 GB": (zip_behind_a_hole, ("pytorch_model.bin", "damaged")),
     "a pickle of 60 MB": (torch_with_a_long_pickle, ("pytorch_model.bin", "too large")),
     "config.json of 80 MB": (long_json("config.json"), ("config.json", "at most")),
     "generation_config.json of 80 MB": (long_json("generation_config.json"), ("generation_config.json", "at most")),
     "quantize_config.json of 80 MB": (long_json("quantize_config.json"), ("quantize_config.json", "at most")),
-}
+}  # fmt: skip
