@@ -1,6 +1,7 @@
 """Chat templates: rendered as transformers renders them, and hostile ones stopped."""
 
 import ast
+import subprocess
 import sys
 
 import pytest
@@ -169,6 +170,19 @@ def test_a_hostile_template_ends_in_a_short_error(name: str) -> None:
         render(HOSTILE[name], [USER])
     message = str(error.value)
     assert message.startswith("chat template: ") and message.isprintable() and len(message) < 500
+
+
+def test_the_rendering_process_does_not_see_tokens_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, environments = subprocess.run, []
+
+    def recorded(*args: object, **options: object) -> object:
+        environments.append(options["env"])
+        return run(*args, **options)
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(subprocess, "run", recorded)
+    assert render("{{ 1 }}", [USER]) == "1"
+    assert len(environments) == 1 and "hf_secret" not in environments[0].values()
 
 
 def test_the_rendering_process_loads_nothing_but_jinja2_and_the_standard_library() -> None:
