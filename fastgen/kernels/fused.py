@@ -64,7 +64,7 @@ def embed_part(tokens: Tensor, embedding: nn.Embedding, first: int) -> Tensor:
 
 def norm_linear(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """See `reference.norm_linear`."""
-    if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
+    if isinstance(linear, nn.Linear) and _streams(x, linear.weight):
         return _norm_linear.norm_linear(x, norm.weight, _eps(norm), linear.weight, linear.bias)
     if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
         return _packed_linear(x, norm, linear)
@@ -73,7 +73,7 @@ def norm_linear(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
 
 def linear_add(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
     """See `reference.linear_add`."""
-    if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
+    if isinstance(linear, nn.Linear) and _streams(x, linear.weight):
         return _linear_add.linear_add(x, linear.weight, linear.bias, residual)
     if isinstance(linear, PackedLinear) and _fits(x, residual):
         return _packed_linear(x, None, linear, residual)
@@ -82,7 +82,7 @@ def linear_add(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
 
 def partial_linear(x: Tensor, linear: nn.Module) -> Tensor:
     """See `reference.partial_linear`."""
-    if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
+    if isinstance(linear, nn.Linear) and _streams(x, linear.weight):
         return _linear_add.partial_linear(x, linear.weight, linear.bias)
     if isinstance(linear, PackedLinear) and _fits(x, x):
         return _packed_linear(x, None, linear, wide=True)
@@ -91,7 +91,7 @@ def partial_linear(x: Tensor, linear: nn.Module) -> Tensor:
 
 def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:
     """See `reference.norm_swiglu`."""
-    if isinstance(gate_up, nn.Linear) and _fits(x, gate_up.weight):
+    if isinstance(gate_up, nn.Linear) and _streams(x, gate_up.weight):
         return _norm_swiglu.norm_swiglu(x, norm.weight, _eps(norm), gate_up.weight, gate_up.bias)
     if isinstance(gate_up, PackedLinear) and gate_up.out_features % TILE == 0 and _fits(x, norm.weight):
         return _packed.packed_swiglu(
@@ -102,7 +102,7 @@ def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:
 
 def head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """See `reference.head`."""
-    if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
+    if isinstance(linear, nn.Linear) and _streams(x, linear.weight):
         return _head.head(x, norm.weight, _eps(norm), linear.weight, linear.bias)
     if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
         return _packed_linear(x, norm, linear, wide=True)
@@ -111,7 +111,7 @@ def head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
 
 def greedy_head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """See `reference.greedy_head`."""
-    if isinstance(linear, nn.Linear) and _fits(x, linear.weight):
+    if isinstance(linear, nn.Linear) and _streams(x, linear.weight):
         return _head.greedy_head(x, norm.weight, _eps(norm), linear.weight, linear.bias)
     if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
         return _packed.packed_greedy_head(
@@ -153,6 +153,11 @@ def _packed_linear(
 def _fits(x: Tensor, weight: Tensor) -> bool:
     tokens = x.numel() // x.shape[-1]
     return _narrow(x) and weight.dtype == x.dtype and tokens <= launch.MAX_TOKENS
+
+
+def _streams(x: Tensor, weight: Tensor) -> bool:
+    """Whether rows of the weight begin at multiples of 16 bytes, which is what a lane copies."""
+    return _fits(x, weight) and weight.shape[1] % 8 == 0
 
 
 def _narrow(tensor: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The final norm and the LM head for up to 16 tokens: fp32 logits, or only the token of the largest.
 
-`head` is `norm_linear` with an fp32 output. `greedy_head` stores no logits: every block of rows gives its largest
-logit and that token's id, and a second small kernel takes the best of the blocks, the lowest id where they tie.
+`head` is `norm_linear` with an fp32 output. `greedy_head` stores no logits: every tile of rows gives its largest
+logit and that token's id, and a second small kernel takes the best of the tiles, the lowest id where they tie.
 As in `fastgen.sampling`, logits that name no token (a NaN or +inf among them, or all -inf) give -1.
 """
 
@@ -9,10 +9,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
 from fastgen.kernels import launch, norm_linear
-from fastgen.kernels.product import stream_product
+from fastgen.kernels.product import biased, nothing, stream_product
 
 
 @torch.library.custom_op("fastgen::head", mutates_args=())
@@ -33,19 +35,16 @@ def greedy_head(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
     """Return the tokens [..] int64 of the largest logits for x [.., D]; -1 where there is none."""
     n, width = weight.shape
     tokens = x.numel() // width
-    shape = launch.choose(weight, "head", tokens)
-    options = launch.dependent_launch(x.device)
-    blocks = triton.cdiv(n, shape.rows)
-    best = torch.empty(tokens, blocks, dtype=torch.float32, device=x.device)
-    ids = torch.empty(tokens, blocks, dtype=torch.int32, device=x.device)
+    launched = launch.choose(weight, "head", tokens, rows=n)
+    tiles = launched.tiles(n)
+    best = torch.empty(tokens, tiles, dtype=torch.float32, device=x.device)
+    ids = torch.empty(tokens, tiles, dtype=torch.int32, device=x.device)
     out = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
-    greedy_head_kernel[(launch.programs(x.device, shape, blocks),)](
-        x.contiguous(), norm, weight, bias, best, ids, tokens, n, eps,
-        K=width, ROWS=shape.rows, SPLITS=shape.splits, BLOCK=shape.block,
-        TOKENS=launch.next_power_of_two(tokens), SCALE_FIRST=x.dtype is torch.float16, PDL=bool(options),
-        EARLY=shape.early, STAGES=shape.stages, num_warps=shape.splits, **options,
-    )  # fmt: skip
-    pick_token_kernel[(tokens,)](best, ids, out, blocks, WIDTH=1024, PDL=bool(options), num_warps=4, **options)
+    greedy_head_kernel[launched.grid](
+        x.contiguous(), norm, weight, bias, best, ids, tokens, n, tiles, eps, K=width, **launched.options
+    )
+    dependent = launch.dependent_launch(x.device)
+    pick_token_kernel[(tokens,)](best, ids, out, tiles, WIDTH=1024, PDL=bool(dependent), num_warps=4, **dependent)
     return out
 
 
@@ -54,32 +53,32 @@ def _(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) 
     return torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@gluon.jit(do_not_specialize=["tokens", "n", "tiles"])
 def greedy_head_kernel(
-    x, norm, weight, bias, best, ids, tokens, n, eps, K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr, TOKENS: tl.constexpr, SCALE_FIRST: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, norm, weight, bias, best, ids, tokens, n, tiles, eps, K: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr,
+    DEPTH: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """x [tokens, K], norm [K], weight [n, K], bias [n] or None, best and ids [tokens, blocks]; any grid."""
+    """x [tokens, K], norm [K], weight [n, K], bias [n] or None, best and ids [tokens, tiles]; any grid."""
     stream_product(
-        x, norm, weight, tokens, n, eps, _store_best, (best, ids, bias), K, ROWS, SPLITS, BLOCK, TOKENS,
-        PAIRED=False, NORM=True, SCALE_FIRST=SCALE_FIRST, PDL=PDL, EARLY=EARLY, STAGES=STAGES,
+        x, norm, weight, tokens, n, eps, 0, nothing, _store_best, (best, ids, bias, tokens, tiles), K, R, SETS, DEPTH,
+        PAIRED=False, EVEN=True, PDL=PDL, WARPS=WARPS,
     )  # fmt: skip
 
 
-@triton.jit
-def _store_best(y, block, column, tokens, n, extra):
-    """Store the largest of y [ROWS, COLUMNS] and its row for every token; NaN counts as +inf."""
-    best, ids, bias = extra
-    rows = block * y.shape[0] + tl.arange(0, y.shape[0])
-    if bias is not None:
-        y += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
-    y = tl.where(y != y, float("inf"), y)  # noqa: PLR0124
-    y = tl.where((rows < n)[:, None], y, float("-inf"))
-    top, index = tl.max(y, axis=0, return_indices=True)
-    at = column * tl.cdiv(n, y.shape[0]) + block
-    tl.store(best + at, top, mask=column < tokens)
-    tl.store(ids + at, block * y.shape[0] + index, mask=column < tokens)
+@gluon.jit
+def _store_best(y, early, tile, row, token, here, n, extra):
+    """Store the largest of y [64, 2] and its row for each of the tile's eight tokens; NaN counts as +inf."""
+    best, ids, bias, tokens, tiles = extra
+    y = biased(y, row, here, bias)
+    y = gl.where(y != y, float("inf"), y)  # noqa: PLR0124
+    y = gl.reshape(gl.where(here, y, float("-inf")), [8, 8, 2])
+    rows = gl.reshape(row, [8, 8, 2])
+    top = gl.max(gl.max(y, axis=2), axis=0)
+    spread = gl.convert_layout(top, gl.SliceLayout(0, gl.SliceLayout(2, y.type.layout)))[None, :, None]
+    winner = gl.min(gl.min(gl.where(y == spread, rows, 0x7FFFFFFF), axis=2), axis=0)
+    column = gl.max(gl.max(gl.reshape(token + row * 0, [8, 8, 2]), axis=2), axis=0)
+    gl.store(best + column * tiles + tile, top, mask=column < tokens)
+    gl.store(ids + column * tiles + tile, winner, mask=column < tokens)
 
 
 @triton.jit

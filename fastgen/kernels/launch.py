@@ -1,18 +1,21 @@
 """How the kernels are launched: programmatic dependent launch, and a small table of shapes by GPU.
 
-Nothing is tuned at run time. `choose` looks a shape up by the GPU's name and falls back to one that fits the shared
-memory of every GPU from sm_80 on. The reduction (SPLITS x BLOCK) belongs to the stage, not to the number of tokens:
-that is what keeps verified tokens equal to decoded ones.
+Nothing is tuned at run time. `choose` looks a shape up by the GPU's name and falls back to one for all; either is made
+to fit the GPU's shared memory. The order of the sums does not depend on the shape (`product.WARPS`): that is what keeps
+verified tokens equal to decoded ones.
 """
 
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import driver
+
+from fastgen.kernels import product
 
 MAX_TOKENS = 16
 """Tokens (texts x new tokens) that the kernels take at once; more is a matter for tensor-core matmuls."""
@@ -24,46 +27,62 @@ class Shape(NamedTuple):
     """Launch shape of `product.stream_product`.
 
     Attributes:
-        splits: warps that share a tile of K; with `block` it is the order of every sum along K.
-        block: what each warp takes of a tile, less where the input is narrow.
-        rows: rows of the weight in a block.
-        stages: depth of the pipeline of copies; shared memory holds stages - 1 tiles of the weight or more.
         per_processor: programs on each multiprocessor.
-        early: copy the first weights before waiting for the kernel ahead; else activations are pipelined too.
+        tiles: tiles of 16 rows in a block.
+        depth: units of each warp's ring, fewer where shared memory is short.
+        lead: rows that the first half of the programs leaves to the second.
     """
 
-    splits: int
-    block: int
-    rows: int
-    stages: int
     per_processor: int
-    early: bool
+    tiles: int
+    depth: int
+    lead: int
 
 
-DEFAULT = (Shape(4, 128, 16, 4, 2, True), Shape(4, 128, 16, 4, 2, True), Shape(4, 128, 16, 3, 2, False))
+DEFAULT = (Shape(2, 1, 5, 0), Shape(2, 1, 2, 0), Shape(2, 1, 2, 0))
 """For 1, up to 8, and up to 16 tokens, on GPUs that nobody has tuned for."""
 
 TABLE = Path(__file__).with_name("shapes.json")
 """The shapes that `scripts/tune` found, by GPU and stage; three each, as in `DEFAULT`."""
 
 
-def choose(weight: Tensor, stage: str, tokens: int) -> Shape:
-    """Return the shape in which a stage multiplies weights [n, width] with `tokens` tokens."""
+class Launch(NamedTuple):
+    """A shape on a GPU: the grid, the kernel's `lead` and its compile-time arguments."""
+
+    grid: tuple[int]
+    lead: int
+    options: dict[str, Any]
+
+    def tiles(self, rows: int) -> int:
+        """Return how many tiles all programs together finish, of 16 rows or of none."""
+        a_program = triton.cdiv(triton.cdiv(rows, self.grid[0]), 16 * self.options["R"]) * self.options["R"]
+        return a_program * self.grid[0]
+
+
+def choose(weight: Tensor, stage: str, tokens: int, *, rows: int) -> Launch:
+    """Return how a stage multiplies weights of `rows` rows with `tokens` tokens."""
     shapes = table().get(_name(weight.device), {}).get(stage, DEFAULT)
-    shape = fitted(shapes[column(tokens)], weight.shape[1])
-    # fp16 normalizes ahead of the product, which takes shared memory for 16 tokens.
-    halved = weight.dtype is torch.float16 and tokens > 8 and stage != "linear_add"
-    return shape._replace(rows=max(16, shape.rows // 2), stages=min(shape.stages, 3)) if halved else shape
+    return fitted(shapes[column(tokens)], weight, tokens, rows)
+
+
+def fitted(shape: Shape, weight: Tensor, tokens: int, rows: int) -> Launch:
+    """Return the launch of a shape, its ring as deep as shared memory allows; every tile has 16 rows of weight."""
+    width, sets = weight.shape[1], 0 if tokens == 1 else triton.cdiv(tokens, 8)
+    a_unit = product.WARPS * shape.tiles * product.LINES * 512
+    beside = product.WARPS * shape.tiles * max(1, sets) * 512 + 2048
+    if not sets:
+        beside += triton.cdiv(triton.cdiv(width, product.WIDE), 4) * product.WARPS * 512
+    depth = max(1, min(shape.depth, (processor_memory(weight.device) // shape.per_processor - beside) // a_unit))
+    programs = min(triton.cdiv(rows, 16 * shape.tiles), shape.per_processor * processors(weight.device))
+    dependent = dependent_launch(weight.device)
+    options = {"R": shape.tiles, "SETS": sets, "DEPTH": depth, "PDL": bool(dependent), "WARPS": product.WARPS}
+    lead = min(shape.lead, rows // (4 * programs))
+    return Launch((programs,), lead, options | {"num_warps": product.WARPS} | dependent)
 
 
 def column(tokens: int) -> int:
     """Return which of a stage's three shapes is for so many tokens."""
     return 0 if tokens == 1 else 1 if tokens <= 8 else 2
-
-
-def fitted(shape: Shape, width: int) -> Shape:
-    """Return the shape with a block that is no wider than the input."""
-    return shape._replace(block=max(16, min(shape.block, next_power_of_two(width) // shape.splits)))
 
 
 @functools.cache
@@ -79,11 +98,6 @@ def table() -> dict[str, dict[str, tuple[Shape, ...]]]:
 def device_name() -> str:
     """Return the name under which this machine's GPU stands in the table."""
     return _name(torch.device("cuda"))
-
-
-def programs(device: torch.device, shape: Shape, blocks: int) -> int:
-    """Return the size of the grid for `blocks` row blocks."""
-    return min(blocks, shape.per_processor * processors(device))
 
 
 def dependent_launch(device: torch.device) -> dict[str, bool]:
@@ -129,6 +143,14 @@ def shared_memory(device: torch.device) -> int:
         return 227
     index = torch.cuda.current_device() if device.index is None else device.index
     return int(driver.active.utils.get_device_properties(index)["max_shared_mem"]) // 1024
+
+
+@functools.cache
+def processor_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory of a multiprocessor; CUDA keeps 1 KiB for each program."""
+    if device.type != "cuda":
+        return 160 << 10
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
 @functools.cache

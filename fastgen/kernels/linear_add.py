@@ -5,12 +5,12 @@ several ranks have a part of K each, `partial_linear` gives their parts of the s
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from fastgen.kernels import launch
-from fastgen.kernels.product import stream_product
+from fastgen.kernels.product import biased, stream_product
 
 
 @torch.library.custom_op("fastgen::linear_add", mutates_args=())
@@ -42,38 +42,37 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
     n, width = weight.shape
     tokens = x.numel() // width
-    shape = launch.choose(weight, "linear_add", tokens)
-    options = launch.dependent_launch(x.device)
-    grid = (launch.programs(x.device, shape, triton.cdiv(n, shape.rows)),)
-    linear_add_kernel[grid](
-        x.contiguous(), weight, bias, residual, out, tokens, n,
-        K=width, ROWS=shape.rows, SPLITS=shape.splits, BLOCK=shape.block,
-        TOKENS=launch.next_power_of_two(tokens), PDL=bool(options), EARLY=shape.early, STAGES=shape.stages,
-        num_warps=shape.splits, **options,
-    )  # fmt: skip
+    launched = launch.choose(weight, "linear_add", tokens, rows=n)
+    linear_add_kernel[launched.grid](
+        x.contiguous(), weight, bias, residual, out, tokens, n, launched.lead, K=width, **launched.options
+    )
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@gluon.jit(do_not_specialize=["tokens", "n", "lead"])
 def linear_add_kernel(
-    x, weight, bias, residual, out, tokens, n, K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr,
+    x, weight, bias, residual, out, tokens, n, lead, K: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr,
+    DEPTH: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """x [tokens, K], weight [n, K], bias [n] or None, residual [tokens, n] or None, out [tokens, n]; any grid."""
     stream_product(
-        x, None, weight, tokens, n, 0.0, _add_and_store, (out, bias, residual), K, ROWS, SPLITS, BLOCK, TOKENS,
-        PAIRED=False, NORM=False, SCALE_FIRST=False, PDL=PDL, EARLY=EARLY, STAGES=STAGES,
+        x, None, weight, tokens, n, 0.0, lead, _load_residual, _add_and_store, (out, bias, residual), K, R, SETS, DEPTH,
+        PAIRED=False, EVEN=False, PDL=PDL, WARPS=WARPS,
     )  # fmt: skip
 
 
-@triton.jit
-def _add_and_store(y, block, column, tokens, n, extra):
-    """Store y [ROWS, COLUMNS] plus bias and residual, where there are any."""
-    out, bias, residual = extra
-    rows = block * y.shape[0] + tl.arange(0, y.shape[0])
-    if bias is not None:
-        y += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
-    here = (rows < n)[:, None] & (column < tokens)[None, :]
-    at = column[None, :].to(tl.int64) * n + rows[:, None]
+@gluon.jit
+def _load_residual(row, token, here, n, extra):
+    """Return the residual [64, 2] as fp32, or 0."""
+    residual = extra[2]
     if residual is not None:
-        y += tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=here)
+        return gl.load(residual + token.to(gl.int64) * n + row, mask=here, other=0.0).to(gl.float32)
+    else:
+        return 0.0
+
+
+@gluon.jit
+def _add_and_store(y, residual, tile, row, token, here, n, extra):
+    """Store y [64, 2] plus bias and residual."""
+    out, bias, _ = extra
+    y = biased(y, row, here, bias) + residual
+    gl.store(out + token.to(gl.int64) * n + row, y.to(out.dtype.element_ty), mask=here)

@@ -4,12 +4,12 @@ y[t] = (W (g * x[t])) / rms(x[t]) + b, with W [N, K] read once. How: `fastgen.ke
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from fastgen.kernels import launch
-from fastgen.kernels.product import store_rows, stream_product
+from fastgen.kernels.product import nothing, store_rows, stream_product
 
 
 @torch.library.custom_op("fastgen::norm_linear", mutates_args=())
@@ -29,25 +29,19 @@ def run(stage: str, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: T
     """Launch the kernel in a stage's shape; `out` [.., N] may be wider than x (the head's fp32 logits)."""
     n, width = weight.shape
     tokens = x.numel() // width
-    shape = launch.choose(weight, stage, tokens)
-    options = launch.dependent_launch(x.device)
-    grid = (launch.programs(x.device, shape, triton.cdiv(n, shape.rows)),)
-    norm_linear_kernel[grid](
-        x.contiguous(), norm, weight, bias, out, tokens, n, eps,
-        K=width, ROWS=shape.rows, SPLITS=shape.splits, BLOCK=shape.block,
-        TOKENS=launch.next_power_of_two(tokens), SCALE_FIRST=x.dtype is torch.float16, PDL=bool(options),
-        EARLY=shape.early, STAGES=shape.stages, num_warps=shape.splits, **options,
-    )  # fmt: skip
+    launched = launch.choose(weight, stage, tokens, rows=n)
+    norm_linear_kernel[launched.grid](
+        x.contiguous(), norm, weight, bias, out, tokens, n, eps, launched.lead, K=width, **launched.options
+    )
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@gluon.jit(do_not_specialize=["tokens", "n", "lead"])
 def norm_linear_kernel(
-    x, norm, weight, bias, out, tokens, n, eps, K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr, TOKENS: tl.constexpr, SCALE_FIRST: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, norm, weight, bias, out, tokens, n, eps, lead, K: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr,
+    DEPTH: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """x [tokens, K], norm [K], weight [n, K], bias [n] or None, out [tokens, n]; any grid."""
     stream_product(
-        x, norm, weight, tokens, n, eps, store_rows, (out, bias), K, ROWS, SPLITS, BLOCK, TOKENS,
-        PAIRED=False, NORM=True, SCALE_FIRST=SCALE_FIRST, PDL=PDL, EARLY=EARLY, STAGES=STAGES,
+        x, norm, weight, tokens, n, eps, lead, nothing, store_rows, (out, bias), K, R, SETS, DEPTH,
+        PAIRED=False, EVEN=False, PDL=PDL, WARPS=WARPS,
     )  # fmt: skip

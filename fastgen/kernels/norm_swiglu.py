@@ -1,16 +1,16 @@
 """silu(gate) * up of [gate, up] = linear(rms_norm(x)) for up to 16 tokens in one launch.
 
-A block holds some gate rows and the up rows that belong to them, so that gate and up never leave the
+A tile holds some gate rows and the up rows that belong to them, so that gate and up never leave the
 multiprocessor. SwiGLU: arXiv 2002.05202. How: `fastgen.kernels.product`.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from fastgen.kernels import launch
-from fastgen.kernels.product import stream_product
+from fastgen.kernels.product import biased, nothing, stream_product
 
 
 @torch.library.custom_op("fastgen::norm_swiglu", mutates_args=())
@@ -19,15 +19,10 @@ def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
     n, width = weight.shape[0] // 2, weight.shape[1]
     out = x.new_empty(*x.shape[:-1], n)
     tokens = x.numel() // width
-    shape = launch.choose(weight, "norm_swiglu", tokens)
-    options = launch.dependent_launch(x.device)
-    grid = (launch.programs(x.device, shape, triton.cdiv(n, shape.rows // 2)),)
-    norm_swiglu_kernel[grid](
-        x.contiguous(), norm, weight, bias, out, tokens, n, eps,
-        K=width, ROWS=shape.rows, SPLITS=shape.splits, BLOCK=shape.block,
-        TOKENS=launch.next_power_of_two(tokens), SCALE_FIRST=x.dtype is torch.float16, PDL=bool(options),
-        EARLY=shape.early, STAGES=shape.stages, num_warps=shape.splits, **options,
-    )  # fmt: skip
+    launched = launch.choose(weight, "norm_swiglu", tokens, rows=2 * n)
+    norm_swiglu_kernel[launched.grid](
+        x.contiguous(), norm, weight, bias, out, tokens, n, eps, launched.lead, K=width, **launched.options
+    )
     return out
 
 
@@ -36,29 +31,25 @@ def _(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) 
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@gluon.jit(do_not_specialize=["tokens", "n", "lead"])
 def norm_swiglu_kernel(
-    x, norm, weight, bias, out, tokens, n, eps, K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr, TOKENS: tl.constexpr, SCALE_FIRST: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, norm, weight, bias, out, tokens, n, eps, lead, K: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr,
+    DEPTH: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """x [tokens, K], norm [K], weight [2n, K], bias [2n] or None, out [tokens, n]; any grid."""
     stream_product(
-        x, norm, weight, tokens, n, eps, _gate_and_store, (out, bias), K, ROWS, SPLITS, BLOCK, TOKENS,
-        PAIRED=True, NORM=True, SCALE_FIRST=SCALE_FIRST, PDL=PDL, EARLY=EARLY, STAGES=STAGES,
+        x, norm, weight, tokens, n, eps, lead, nothing, _gate_and_store, (out, bias), K, R, SETS, DEPTH,
+        PAIRED=True, EVEN=False, PDL=PDL, WARPS=WARPS,
     )  # fmt: skip
 
 
-@triton.jit
-def _gate_and_store(y, block, column, tokens, n, extra):
-    """Store silu(gate) * up of y [ROWS, COLUMNS], gate rows in the first half, up rows in the second."""
+@gluon.jit
+def _gate_and_store(y, early, tile, row, token, here, n, extra):
+    """Store silu(gate) * up of y [64, 2], gate rows first, up rows second."""
     out, bias = extra
-    SPAN: tl.constexpr = y.shape[0] // 2
-    rows = block * SPAN + tl.arange(0, SPAN)
-    gate, up = tl.split(tl.permute(tl.reshape(y, [2, SPAN, y.shape[1]]), (1, 2, 0)))
-    if bias is not None:
-        gate += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
-        up += tl.load(bias + n + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
-    here = (rows < n)[:, None] & (column < tokens)[None, :]
-    at = column[None, :].to(tl.int64) * n + rows[:, None]
-    tl.store(out + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=here)
+    gate, up = gl.split(y)
+    row, _ = gl.split(row)
+    here, _ = gl.split(here)
+    at, _ = gl.split(token.to(gl.int64) * n + gl.zeros_like(y).to(gl.int64))
+    gate, up = biased(gate, row, here, bias), biased(up, row + n, here, bias)
+    gl.store(out + at + row, (gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype.element_ty), mask=here)

@@ -3,149 +3,374 @@
 For few tokens the product of a linear is bound by reading its weights, so everything here serves one end: that
 memory never idles, not within a kernel and not between two.
 
-- The grid is as large as the GPU holds at once. A program takes every G-th block of ROWS rows, and row blocks and
-  tiles of K are one flat loop, so the copies into shared memory (`cp.async`, Triton's pipeline, STAGES deep) run on
-  across blocks.
-- Under programmatic dependent launch the first tiles of weights are copied *before* the program waits for the
-  kernel ahead of it. The pipeliner puts the first copies in front of the loop, and the wait stands inside the
-  loop's first round. The activations are what the kernel ahead wrote, so they may not run ahead with the
-  weights: the pipeliner leaves a branch as it is, hence the one, always taken, that holds the wait and their
-  load (EARLY). Triton must not know that it is always taken: `tokens` is not to be specialized. They are loaded a
-  tile ahead, as words of two: unpacking right behind the load would wait for it.
-- A tile of K is cut into SPLITS parts, one a warp, as the batch of a batched `tl.dot`: mma.m16n8k16 with the tokens
-  as its 8 columns (16 from 9 tokens on; fewer are repeated). A product's bits therefore depend on SPLITS and BLOCK
-  alone, not on the number of tokens or on ROWS: a token that is verified among others gives what it gives alone.
-- RMSNorm is applied to the sums: sum(w g x) * scale, with the squares summed along the way. fp16 could overflow
-  there, so it scales first, for one more pass over x. The order in which the squares are summed follows the
-  layout, and so the number of tokens; fp64, in which squares of bf16 are exact, makes their sum the same.
+- The grid is as large as the GPU holds at once, and a program takes an even share of the rows, in blocks of 16. Its
+  warps share the columns: warp w takes every WARPS-th unit of 64, through a ring of its own (`fastgen.kernels.ring`)
+  that no other warp waits for. Only at a block's end the warps' sums are added, in order.
+- Weights are an operand of mma.m16n8k16 without any change of layout: the 16 bytes that a lane holds of a row are
+  eight neighbours, and since sums do not care in which order k comes as long as x agrees, they serve two products.
+  Tokens are the eight columns (16 from 9 tokens on; columns beyond the tokens repeat the last). A column's sum depends
+  on WARPS alone: a token that is verified among others gets the bits that it gets alone.
+- Under programmatic dependent launch the ring is filled before the program waits for the kernel ahead of it. The
+  next kernel's programs do not fit beside these: they start, and fill their rings, as these leave. Programs of two
+  kernels side by side were slower, because the hardware then spreads them unevenly over the multiprocessors.
+- One token's x lies in shared memory, multiplied by RMSNorm's gains; of several, x and gains are read from the caches
+  a unit ahead. RMSNorm's scale multiplies the sums: sum(w g x) / rms(x). fp16 could overflow there, so it multiplies x
+  with the power of two below the scale first, for one more pass over x. Squares are summed in fp64, in which those of
+  16-bit floats are exact, so that their order does not matter.
 
-Letters: T tokens, N rows of the output, K width of the input; B row block, G programs.
+Letters: T tokens, n rows of the output, K width of the input, a multiple of 8; R tiles of 16 rows in a block.
 Sources: programmatic dependent launch, CUDA C++ Programming Guide, "Programmatic Dependent Launch and
 Synchronization"; PTX ISA, griddepcontrol, mma.m16n8k16. RMSNorm: arXiv 1910.07467.
 """
 
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fastgen.kernels.fragments import fma, halves, lanes, mma
+from fastgen.kernels.ring import (
+    arrived,
+    barrier,
+    commit,
+    copy_two_rows,
+    load_four,
+    read_four,
+    release,
+    ring_memory,
+    statement,
+    write_four,
+)
+
+WARPS = 8
+"""Warps of a program; they are the order of every sum along K."""
+
+WIDE = 64 * WARPS
+"""Columns that the warps of a program take at a time."""
+
+LINES = 4
+"""Lines of 512 bytes that a unit of a tile takes of a warp's ring."""
+
+NOTHING = gl.constexpr(0x80008000)
+"""A pair of -0.0: what is added to it does not change."""
 
 
-@triton.jit
+@gluon.jit
 def stream_product(  # noqa: PLR0912, PLR0915
-    x, norm, weight, tokens, n, eps, finish: tl.constexpr, extra,
-    K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-    PAIRED: tl.constexpr, NORM: tl.constexpr, SCALE_FIRST: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, norm, weight, tokens, n, eps, lead, prefetch: gl.constexpr, finish: gl.constexpr, extra, K: gl.constexpr,
+    R: gl.constexpr, SETS: gl.constexpr, DEPTH: gl.constexpr, PAIRED: gl.constexpr, EVEN: gl.constexpr,
+    PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Call finish(y, block, columns, tokens, n, extra) with every block of y = weight @ rms_norm(x).
+    """Call finish(y, early, tile, row, token, here, n, extra) for every tile of y = weight @ rms_norm(x).
 
-    x [tokens, K], norm [K] or None, weight [n, K]; PAIRED: weight [2n, K], and a block holds ROWS / 2 rows of the
-    first half, then the same rows of the second. y [ROWS, COLUMNS] fp32; column c is token c where c < tokens.
-    TOKENS is `tokens` rounded up to a power of two, COLUMNS at least 8.
+    x [tokens, K], norm [K] or None, weight [n, K]; PAIRED: weight [2n, K], and a tile holds eight rows of the first
+    half and the same rows of the second. SETS is 0 for one token, 1 for up to 8, 2 for up to 16. y [64, 2] fp32
+    belongs to token[p] and row[p, h], where here[p, h]; `tile` counts the tiles of all programs, and `early` is what
+    prefetch(row, token, here, n, extra) has loaded before the sums were made. The first half of the programs takes
+    `lead` rows less each, the second half as many more. EVEN: all programs call finish equally often.
     """
-    TILE: tl.constexpr = SPLITS * BLOCK
-    TILES: tl.constexpr = (K + TILE - 1) // TILE
-    COLUMNS: tl.constexpr = max(TOKENS, 8)
-    # Columns beyond the tokens repeat them: in registers where there is arithmetic to save, else in the load.
-    LOADED: tl.constexpr = TOKENS if NORM else COLUMNS
-    SPAN: tl.constexpr = ROWS // 2 if PAIRED else ROWS
-    HOISTED: tl.constexpr = PDL and EARLY and not SCALE_FIRST and K % 2 == 0
-    first, step = tl.program_id(0), tl.num_programs(0)
-    rounds = ((tl.cdiv(n, SPAN) - first + step - 1) // step) * TILES
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    token = tl.arange(0, LOADED) % TOKENS
-    k = tl.arange(0, TILE)
-    split_k = tl.arange(0, SPLITS)[:, None, None] * BLOCK + tl.arange(0, BLOCK)[None, None, :]
+    UNITS: gl.constexpr = (K + 64 * WARPS - 1) // (64 * WARPS)
+    STEP: gl.constexpr = 8 if PAIRED else 16
+    BF16: gl.constexpr = x.dtype.element_ty == gl.bfloat16
+    ALONE: gl.constexpr = SETS == 0
+    COLUMNS: gl.constexpr = max(SETS, 1)
+    PIECES: gl.constexpr = (UNITS + 3) // 4 if ALONE else 0
+    L: gl.constexpr = lanes(WARPS)
+    CUBE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    ADD: gl.constexpr = gl.BlockedLayout([WARPS, 1, 2], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
+    PAIR: gl.constexpr = gl.SliceLayout(0, ADD)
+    memory, address = ring_memory((WARPS * DEPTH * R) * 4 + PIECES * WARPS)
+    exchange = gl.allocate_shared_memory(gl.float32, [R * COLUMNS, WARPS, 64, 2], CUBE)
+    begin, end, blocks = share(n, lead, R * STEP, EVEN)
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, L))[:, None]
+    lane = gl.arange(0, 32, gl.SliceLayout(0, L))[None, :] + warp * 0
+    g, own = lane // 4, warp * 64 + lane % 4 * 8
+    ring = address + warp * (DEPTH * R * 2048) + lane * 16
+    zero = gl.zeros([WARPS, 32], gl.float32, L)
+
+    next_first, next_unit = begin, 0
+    for i in gl.static_range(DEPTH):
+        copy_unit(weight, ring + i * (R * 2048), next_first, next_unit * (64 * WARPS) + own, g, end, n, K, R, PAIRED)
+        next_first = gl.where(next_unit == UNITS - 1, next_first + R * STEP, next_first)
+        next_unit = gl.where(next_unit == UNITS - 1, 0, next_unit + 1)
+    gains = ()
+    if ALONE:
+        if norm is not None:
+            gains = load_row(norm, warp * 32 + lane, K, PIECES, WARPS)
     if PDL:
-        gdc_launch_dependents()
-        if not HOISTED:
-            gdc_wait()
-    if SCALE_FIRST:
-        scale = rms_scale(x, token, tokens, eps, K, TILE, TOKENS)
-    total = tl.zeros([SPLITS, ROWS, COLUMNS], tl.float32)
-    squares = tl.zeros([TOKENS, TILE // 8], tl.float64)
-    factor = tl.zeros([TOKENS], tl.float32)
-    ahead = tl.zeros([LOADED, TILE // 2], tl.int32)
-    for i in tl.range(0, rounds, num_stages=STAGES):
-        tile = i % TILES
-        block = first + (i // TILES) * step
-        start = tile * TILE
-        rows = tl.minimum(block * SPAN + row % SPAN, n - 1) + (row // SPAN) * n
-        w_at = weight + rows.to(tl.int64)[None, :, None] * K + (start + split_k)
-        w = tl.load(w_at, mask=split_k < K - start, other=0.0, eviction_policy="evict_first")
-        if HOISTED:
-            if tokens > 0:
-                if i == 0:
-                    gdc_wait()
-                    ahead = _load_words(x, token, tokens, 0, K, TILE)
-                part = _unpack(ahead, x.dtype.element_ty)
-                ahead = _load_words(x, token, tokens, ((i + 1) % TILES) * TILE, K, TILE)
+        statement("griddepcontrol.wait;")
+        statement("griddepcontrol.launch_dependents;")
+
+    squares = (zero.to(gl.float64),) * COLUMNS
+    powers = (zero,) * COLUMNS
+    x_at = address + WARPS * DEPTH * R * 2048
+    if ALONE:
+        row_words = load_row(x, warp * 32 + lane, K, PIECES, WARPS)
+        if norm is not None:
+            for i in gl.static_range(PIECES):
+                squares = (squares[0] + square_sum(row_words[i], BF16),)
+            if not BF16:
+                powers = powers_below(squares, K, eps, ALONE, WARPS)
+        for i in gl.static_range(PIECES):
+            piece = row_words[i]
+            if norm is not None:
+                piece = scaled(piece, gains[i], powers[0], BF16)
+            write_four(x_at + i * (512 * WARPS) + (warp * 32 + lane) * 16, piece)
+        barrier()
+        x_at += own * 2
+    else:
+        if norm is not None:
+            if not BF16:
+                for unit in range(UNITS):
+                    all_values, _ = load_unit(x, norm, g, unit * (64 * WARPS) + own, tokens, K, SETS, WARPS)
+                    squares = add_squares(squares, all_values, unit * (64 * WARPS) + own, K, SETS, BF16)
+                powers = powers_below(squares, K, eps, ALONE, WARPS)
+        ahead, ahead_gains = load_unit(x, norm, g, own, tokens, K, SETS, WARPS)
+    pair = gl.arange(0, 64, gl.SliceLayout(1, PAIR))
+    half = gl.arange(0, 2, gl.SliceLayout(0, PAIR))[None, :]
+    factors = (pair * 0.0,) * COLUMNS
+    slot = 0
+    for block in range(blocks):
+        first = begin + block * (R * STEP)
+        early = ()
+        for r in gl.static_range(R):
+            row = (first + r * STEP + pair // 8)[:, None] + half * (0 if PAIRED else 8)
+            for b in gl.static_range(COLUMNS):
+                token = (pair % 8 + 8 * b)[:, None]
+                early += (prefetch(row, token, (row < end) & (token < tokens), n, extra),)
+        totals = ((zero, zero, zero, zero),) * (R * COLUMNS)
+        for unit in range(UNITS):
+            arrived(DEPTH - 1)
+            rows = ()
+            for i in gl.static_range(4 * R):
+                rows += (read_four(ring + slot + i * 512),)
+            if ALONE:
+                values = (read_four(x_at + unit * (128 * WARPS)), read_four(x_at + unit * (128 * WARPS) + 64))
             else:
-                part = tl.zeros([LOADED, TILE], x.dtype.element_ty)
+                values, unit_gains = ahead, ahead_gains
+                following = gl.where(unit == UNITS - 1, 0, unit + 1) * (64 * WARPS) + own
+                ahead, ahead_gains = load_unit(x, norm, g, following, tokens, K, SETS, WARPS)
+                if norm is not None:
+                    if BF16:
+                        if block == 0:
+                            squares = add_squares(squares, values, unit * (64 * WARPS) + own, K, SETS, BF16)
+                    values = scaled_unit(values, unit_gains, powers, SETS, BF16)
+            totals = add_unit(totals, rows, values, R, COLUMNS, BF16)
+            copy_unit(weight, ring + slot, next_first, next_unit * (64 * WARPS) + own, g, end, n, K, R, PAIRED)
+            slot = gl.where(slot == (DEPTH - 1) * R * 2048, 0, slot + R * 2048)
+            next_first = gl.where(next_unit == UNITS - 1, next_first + R * STEP, next_first)
+            next_unit = gl.where(next_unit == UNITS - 1, 0, next_unit + 1)
+        for i in gl.static_range(R * COLUMNS):
+            s = totals[i]
+            four = gl.join(gl.join(s[0], s[2]), gl.join(s[1], s[3]))
+            exchange.index(i).store(gl.reshape(gl.permute(four, (0, 1, 3, 2)), [WARPS, 64, 2]))
+        if norm is not None:
+            if block == 0:
+                factors = factors_of_rows(squares, K, eps, ALONE, BF16, gl.SliceLayout(1, PAIR), WARPS)
+        for r in gl.static_range(R):
+            row = (first + r * STEP + pair // 8)[:, None] + half * (0 if PAIRED else 8)
+            for b in gl.static_range(COLUMNS):
+                y = gl.sum(exchange.index(r * COLUMNS + b).load(ADD), axis=0)
+                if norm is not None:
+                    y *= factors[b][:, None]
+                token = (pair % 8 + 8 * b)[:, None]
+                tile = (gl.program_id(0) * blocks + block) * R + r
+                finish(y, early[r * COLUMNS + b], tile, row, token, (row < end) & (token < tokens), n, extra)
+    release(memory, WARPS)
+
+
+@gluon.jit
+def share(n, lead, SPAN: gl.constexpr, EVEN: gl.constexpr):
+    """Return where this program's rows begin and end, and its blocks of SPAN."""
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    begin = program * n // programs - lead * gl.minimum(program, programs - program)
+    end = (program + 1) * n // programs - lead * gl.minimum(program + 1, programs - program - 1)
+    return begin, end, gl.cdiv(gl.cdiv(n, programs) if EVEN else end - begin, SPAN)
+
+
+@gluon.jit
+def copy_unit(
+    weight, to, first, k, g, end, n, K: gl.constexpr, R: gl.constexpr, PAIRED: gl.constexpr
+):  # fmt: skip
+    """Start a warp's copies of columns k .. k + 8 and k + 32 .. k + 40 of R tiles of rows; nothing from `end` on."""
+    STEP: gl.constexpr = 8 if PAIRED else 16
+    for r in gl.static_range(R):
+        row = first + r * STEP + g
+        a = weight + row.to(gl.int64) * K + k
+        size = gl.where(row < end, 16, 0)
+        if PAIRED:
+            b = a + n.to(gl.int64) * K
+            other = size
         else:
-            here = (token < tokens)[:, None] & (k < K - start)[None, :]
-            part = tl.load(x + token[:, None] * K + (start + k)[None, :], mask=here, other=0.0)
-        if NORM:
-            wide = part.to(tl.float32)
-            if SCALE_FIRST:
-                wide *= scale[:, None]
-            elif i < TILES:
-                squares += tl.sum(tl.reshape((wide * wide).to(tl.float64), [TOKENS, TILE // 8, 8]), axis=2)
-            gain = tl.load(norm + start + k, mask=k < K - start, other=0.0).to(tl.float32)
-            part = (wide * gain[None, :]).to(part.dtype)
-        operand = tl.permute(tl.reshape(part, [LOADED, SPLITS, BLOCK]), (1, 2, 0))
-        if LOADED < COLUMNS:
-            operand = tl.broadcast_to(operand[:, :, None, :], [SPLITS, BLOCK, COLUMNS // LOADED, LOADED])
-            operand = tl.reshape(operand, [SPLITS, BLOCK, COLUMNS])
-        total = tl.dot(w, operand, total, input_precision="ieee")
-        if tile == TILES - 1:
-            y = tl.sum(total, axis=0)
-            if NORM and not SCALE_FIRST:
-                if i < TILES:
-                    factor = tl.rsqrt((tl.sum(squares, axis=1) / K).to(tl.float32) + eps)
-                scale = factor
-                if TOKENS < COLUMNS:
-                    scale = tl.broadcast_to(scale[None, :], [COLUMNS // TOKENS, TOKENS])
-                    scale = tl.reshape(scale, [COLUMNS])
-                y *= scale[None, :]
-            finish(y, block, column, tokens, n, extra)
-            total = tl.zeros([SPLITS, ROWS, COLUMNS], tl.float32)
+            b = a + 8 * K
+            other = gl.where(row + 8 < end, 16, 0)
+        near, far = (k < K).to(gl.int32), (k + 32 < K).to(gl.int32)
+        copy_two_rows(to + r * 2048, a, b, (size * near, size * far, other * near, other * far))
+    commit()
 
 
-@triton.jit
-def _load_words(x, token, tokens, start, K: tl.constexpr, TILE: tl.constexpr):
-    """Load x[token, start : start + TILE] as words of two values; K is even."""
-    pair = start // 2 + tl.arange(0, TILE // 2)
-    here = (token < tokens)[:, None] & (pair < K // 2)[None, :]
-    at = x.to(tl.pointer_type(tl.int32)) + token[:, None] * (K // 2) + pair[None, :]
-    return tl.load(at, mask=here, other=0)
+@gluon.jit
+def load_row(row, thread, K: gl.constexpr, PIECES: gl.constexpr, WARPS: gl.constexpr):
+    """Return a row [K] in pieces of 8 values a thread, zeros behind it."""
+    result = ()
+    for i in gl.static_range(PIECES):
+        result += (load_eight(row, i * (256 * WARPS) + thread * 8, K, (i + 1) * 256 * WARPS > K),)
+    return result
 
 
-@triton.jit
-def _unpack(words, dtype: tl.constexpr):
-    low = (words & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
-    return tl.reshape(tl.join(low, high), [words.shape[0], 2 * words.shape[1]])
+@gluon.jit
+def load_eight(row, at, K: gl.constexpr, MASKED: gl.constexpr):
+    """Return a lane's eight values of a row [K] as four words, zeros behind it."""
+    if MASKED:
+        here = at < K
+        v = load_four(row + gl.where(here, at, 0))
+        return (gl.where(here, v[0], 0), gl.where(here, v[1], 0), gl.where(here, v[2], 0), gl.where(here, v[3], 0))
+    else:
+        return load_four(row + at)
 
 
-@triton.jit
-def rms_scale(x, token, tokens, eps, K: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr):
-    """Return 1 / rms of every row of x [tokens, K] as fp32 [TOKENS]."""
-    k = tl.arange(0, TILE)
-    squares = tl.zeros([TOKENS, TILE // 8], tl.float64)
-    for start in range(0, K, TILE):
-        here = (token < tokens)[:, None] & (k < K - start)[None, :]
-        wide = tl.load(x + token[:, None] * K + (start + k)[None, :], mask=here, other=0.0).to(tl.float32)
-        squares += tl.sum(tl.reshape((wide * wide).to(tl.float64), [TOKENS, TILE // 8, 8]), axis=2)
-    return tl.rsqrt((tl.sum(squares, axis=1) / K).to(tl.float32) + eps)
+@gluon.jit
+def load_unit(x, norm, g, k, tokens, K: gl.constexpr, SETS: gl.constexpr, WARPS: gl.constexpr):
+    """Return a lane's words of a unit of x, of SETS of eight tokens at k, then at k + 32, and those of the gains."""
+    MASKED: gl.constexpr = K % (64 * WARPS) != 0
+    words, gains = (), ()
+    for c in gl.static_range(2):
+        for b in gl.static_range(SETS):
+            token = gl.minimum(g + 8 * b, tokens - 1)
+            words += (load_eight(x + token.to(gl.int64) * K, k + 32 * c, K, MASKED),)
+        if norm is not None:
+            gains += (load_eight(norm, k + 32 * c, K, MASKED),)
+    return words, gains
 
 
-@triton.jit
-def store_rows(y, block, column, tokens, n, extra):
-    """Store y [ROWS, COLUMNS] plus a bias [n] or None into out [tokens, n], with extra = (out, bias)."""
-    out, bias = extra
-    rows = block * y.shape[0] + tl.arange(0, y.shape[0])
+@gluon.jit
+def add_unit(totals, rows, words, R: gl.constexpr, COLUMNS: gl.constexpr, BF16: gl.constexpr):
+    """Return a lane's sums plus the products of a unit: rows are 4 R times four words, words 2 COLUMNS times four."""
+    sums = ()
+    for r in gl.static_range(R):
+        for b in gl.static_range(COLUMNS):
+            total = totals[r * COLUMNS + b]
+            for c in gl.static_range(2):
+                p, q, v = rows[4 * r + 2 * c], rows[4 * r + 2 * c + 1], words[c * COLUMNS + b]
+                total = mma((p[0], q[0], p[1], q[1]), v[0], v[1], total, BF16)
+                total = mma((p[2], q[2], p[3], q[3]), v[2], v[3], total, BF16)
+            sums += (total,)
+    return sums
+
+
+@gluon.jit
+def times(v, w, BF16: gl.constexpr):
+    """Return four words of pairs times four others, rounded."""
+    return (
+        fma(v[0], w[0], NOTHING, BF16), fma(v[1], w[1], NOTHING, BF16),
+        fma(v[2], w[2], NOTHING, BF16), fma(v[3], w[3], NOTHING, BF16),
+    )  # fmt: skip
+
+
+@gluon.jit
+def scaled(v, gain, power, BF16: gl.constexpr):
+    """Return four words of pairs of x times their gains, in fp16 times a power of two before."""
+    if not BF16:
+        two = power.to(gl.float16).to(gl.uint16, bitcast=True).to(gl.uint32) * 0x10001
+        v = times(v, (two, two, two, two), BF16)
+    return times(v, gain, BF16)
+
+
+@gluon.jit
+def scaled_unit(values, gains, powers, SETS: gl.constexpr, BF16: gl.constexpr):
+    """Return a unit of x times its gains, see `scaled`."""
+    result = ()
+    for c in gl.static_range(2):
+        for b in gl.static_range(SETS):
+            result += (scaled(values[c * SETS + b], gains[c], powers[b], BF16),)
+    return result
+
+
+@gluon.jit
+def square_sum(v, BF16: gl.constexpr):
+    """Return the sum of the squares of four words of pairs in fp64."""
+    total = gl.zeros_like(v[0]).to(gl.float64)
+    for j in gl.static_range(4):
+        low, high = halves(v[j], BF16)
+        low, high = low.to(gl.float64), high.to(gl.float64)
+        total += low * low + high * high
+    return total
+
+
+@gluon.jit
+def add_squares(squares, words, k, K: gl.constexpr, SETS: gl.constexpr, BF16: gl.constexpr):
+    """Return a lane's sums of squares for each set plus those of a unit; `load_eight` gave zeros behind K."""
+    new = ()
+    for b in gl.static_range(SETS):
+        new += (squares[b] + (square_sum(words[b], BF16) + square_sum(words[SETS + b], BF16)),)
+    return new
+
+
+@gluon.constexpr_function
+def by_token(warps):
+    """Return the layout of [8, 8]: rows of a tile, tokens."""
+    return gl.BlockedLayout([1, 1], [4, 8], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def rms_scale(squares, K: gl.constexpr, eps, ALONE: gl.constexpr, WARPS: gl.constexpr):
+    """Return 1 / rms of eight tokens from the lanes' sums of squares; lane 4g + t has token g, or all have the one."""
+    TOKENS: gl.constexpr = gl.SliceLayout(0, by_token(WARPS))
+    if ALONE:
+        total = gl.sum(gl.sum(squares, axis=1), axis=0)
+        return gl.zeros([8], gl.float32, TOKENS) + gl.rsqrt((total / K).to(gl.float32) + eps)
+    else:
+        total = gl.sum(gl.sum(gl.reshape(squares, [WARPS, 8, 4]), axis=2), axis=0)
+        return gl.convert_layout(gl.rsqrt((total / K).to(gl.float32) + eps), TOKENS)
+
+
+@gluon.jit
+def power_of_two(scale):
+    """Return the power of two at or below a positive fp32."""
+    return (scale.to(gl.uint32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def powers_below(squares, K: gl.constexpr, eps, ALONE: gl.constexpr, WARPS: gl.constexpr):
+    """Return the power of two below the scale of each lane's token, for every set of tokens."""
+    SPREAD: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
+    powers = ()
+    for b in gl.static_range(len(squares)):
+        power = power_of_two(rms_scale(squares[b], K, eps, ALONE, WARPS))
+        power = gl.convert_layout(power, gl.SliceLayout(0, gl.SliceLayout(2, SPREAD)))
+        power = power[None, :, None].broadcast_to([WARPS, 8, 4])
+        powers += (gl.convert_layout(gl.reshape(power, [WARPS, 32]), lanes(WARPS)),)
+    return powers
+
+
+@gluon.jit
+def factors_of_rows(
+    squares, K: gl.constexpr, eps, ALONE: gl.constexpr, BF16: gl.constexpr, LAYOUT: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """Return what is left to multiply the sums with, for every set of tokens: [64], eight rows of eight tokens."""
+    factors = ()
+    for b in gl.static_range(len(squares)):
+        scale = rms_scale(squares[b], K, eps, ALONE, WARPS)
+        if not BF16:
+            scale /= power_of_two(scale)
+        factors += (gl.convert_layout(gl.reshape(scale[None, :].broadcast_to([8, 8]), [64]), LAYOUT),)
+    return factors
+
+
+@gluon.jit
+def nothing(row, token, here, n, extra):
+    """Load nothing before the sums are made."""
+    return 0.0
+
+
+@gluon.jit
+def biased(y, row, here, bias):
+    """Return y plus a bias, where there is one."""
     if bias is not None:
-        y += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
-    here = (rows < n)[:, None] & (column < tokens)[None, :]
-    tl.store(out + column[None, :].to(tl.int64) * n + rows[:, None], y.to(out.dtype.element_ty), mask=here)
+        y += gl.load(bias + row, mask=here, other=0.0).to(gl.float32)
+    return y
+
+
+@gluon.jit
+def store_rows(y, early, tile, row, token, here, n, extra):
+    """Store y plus a bias [n] or None into out [tokens, n], with extra = (out, bias)."""
+    out, bias = extra
+    gl.store(out + token.to(gl.int64) * n + row, biased(y, row, here, bias).to(out.dtype.element_ty), mask=here)

@@ -1,0 +1,105 @@
+"""A lane's own copies: shared memory in which every lane reads back only what it copied itself.
+
+Triton's operations on shared memory put a barrier of the whole program around each use, because they know nothing of
+who reads what. A lane that copies 16 bytes (`cp.async`) and later reads the same 16 bytes needs no barrier: it waits
+for its own copies, and warps drift apart as memory serves them. So this is PTX, which Triton takes as it is: volatile,
+hence kept in its order. Values are tensors [warps, 32] in the layout `fragments.lanes`, one register of every lane.
+
+Gluon is Triton with explicit layouts. Sources: PTX ISA, cp.async, cp.async.wait_group, ld.shared, griddepcontrol.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+LINE = gl.constexpr(512)
+"""Bytes that a warp copies at once."""
+
+COPY_TWO_ROWS = gl.constexpr("""
+    cp.async.cg.shared.global.L2::128B [$1], [$2], 16, $4;
+    cp.async.cg.shared.global.L2::128B [$1+512], [$3], 16, $6;
+    cp.async.cg.shared.global.L2::128B [$1+1024], [$2+64], 16, $5;
+    cp.async.cg.shared.global.L2::128B [$1+1536], [$3+64], 16, $7;
+    mov.b32 $0, 0;""")
+
+
+@gluon.jit
+def statement(TEXT: gl.constexpr):
+    """A statement of PTX without operands, in its place among the others."""
+    gl.inline_asm_elementwise(TEXT + " // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def ring_memory(LINES: gl.constexpr):
+    """Return LINES x 512 bytes of shared memory and their address; `release` stands at the kernel's end.
+
+    It must be the first that a kernel allocates: the address is that of Triton's symbol for all of a program's shared
+    memory (a test looks at where the rest lies).
+    """
+    memory = gl.allocate_shared_memory(gl.uint32, [LINES, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    address = gl.inline_asm_elementwise(
+        "mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+    return memory, address
+
+
+@gluon.jit
+def release(memory, WARPS: gl.constexpr):
+    """Use the ring's memory once more, so that Triton gives it to nobody else before."""
+    memory.index(0).store(gl.zeros([128], gl.uint32, gl.BlockedLayout([1], [32], [WARPS], [0])))
+
+
+@gluon.jit
+def copy_two_rows(to, first, second, sizes):
+    """Start copying a lane's 2 x 16 bytes of two rows, 64 bytes apart, into four lines at `to`.
+
+    sizes: 16 or 0 (zeros, nothing read) for the first row's two parts, then the second's.
+    """
+    gl.inline_asm_elementwise(
+        COPY_TWO_ROWS, "=r,r,l,l,r,r,r,r", [to, first, second, sizes[0], sizes[1], sizes[2], sizes[3]],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def commit():
+    """End a group of copies."""
+    statement("cp.async.commit_group;")
+
+
+@gluon.jit
+def arrived(AHEAD: gl.constexpr):
+    """Wait until all of the lane's groups but the newest AHEAD are there."""
+    statement(f"cp.async.wait_group {AHEAD};")
+
+
+@gluon.jit
+def barrier():
+    """Let all warps of the program meet."""
+    statement("bar.sync 0;")
+
+
+@gluon.jit
+def read_four(address):
+    """Return four words of shared memory."""
+    return gl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [address],
+        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def write_four(address, words):
+    """Store four words in shared memory."""
+    gl.inline_asm_elementwise(
+        "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,r,r,r,r,r",
+        [address, words[0], words[1], words[2], words[3]], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_four(pointer):
+    """Return four words of global memory, in its place behind a wait for the kernel that wrote them."""
+    return gl.inline_asm_elementwise(
+        "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [pointer],
+        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
+    )  # fmt: skip
