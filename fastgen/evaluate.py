@@ -23,7 +23,13 @@ PROG = "fastgen.evaluate"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(
-    flags.SourceFlags, flags.QuantFlags, flags.RankFlags, flags.TextFlags, flags.WindowFlags, flags.OutputFlags
+    flags.SourceFlags,
+    flags.QuantFlags,
+    flags.RankFlags,
+    flags.KernelFlags,
+    flags.TextFlags,
+    flags.WindowFlags,
+    flags.OutputFlags,
 ):
     """The flags of `fastgen.evaluate`."""
 
@@ -46,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"--against {config.against}: makes other tokens of the text, so the two cannot be compared")
     with phases.phase("score", f"{len(tokens)} tokens") as advance:
         scores = score(
-            model, tokens, width=min(config.window, model.config.max_seq_len), stride=config.stride, against=against,
-            progress=advance,
+            model, tokens, width=min(config.window, model.config.max_seq_len), stride=config.stride, chunk=config.chunk,
+            against=against, progress=advance,
         )  # fmt: skip
     sys.stdout.write(summary(model, scores) + "\n")
     if config.json:
@@ -84,7 +90,7 @@ def summary(model: "LoadedModel", scores: "Scores") -> str:
 
 def _load(config: EvaluateConfig, name: str, phases: cli.Phases, *, quantized: bool) -> "LoadedModel":
     from fastgen import session
-    from fastgen.load import load_model
+    from fastgen.load import load_model, use_kernels
 
     path = session.find(config, phases, None if quantized else name)
     names = [field.name for field in dataclasses.fields(flags.QuantFlags)] if quantized else []
@@ -101,6 +107,7 @@ def _load(config: EvaluateConfig, name: str, phases: cli.Phases, *, quantized: b
             check_ranks=config.check_ranks,
             **{name: getattr(config, name) for name in names},
         )
+    use_kernels(model, config.kernels if quantized else "reference", compile=False)
     phases.note(model.checkpoint.notes)
     return model
 

@@ -95,15 +95,21 @@ class RankFlags(PlacementFlags):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFlags(SourceFlags, QuantFlags, ComputeFlags, RankFlags):
-    """A model to generate with."""
+class KernelFlags:
+    """What runs a model's stages."""
 
-    kv_cache: str | None = flag(None, "format of the KV cache", choices=("int8",))
     kernels: str = flag(
         "auto",
         "what runs the model's stages (default auto: fused with --compile)",
         choices=("auto", "reference", "fused"),
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags(SourceFlags, QuantFlags, ComputeFlags, RankFlags, KernelFlags):
+    """A model to generate with."""
+
+    kv_cache: str | None = flag(None, "format of the KV cache", choices=("int8",))
     fail_on_recompile: bool = flag(False, "with --compile: end with an error if anything compiles after the start")
     max_seq_len: int | None = flag(
         None, "tokens that the KV cache holds (default: what is needed)", type=int, metavar="N"
@@ -189,6 +195,12 @@ class WindowFlags:
 
     window: int = flag(512, "tokens that are read together (default 512)", type=int, metavar="N")
     stride: int | None = flag(None, "tokens between windows (default: the window)", type=int, metavar="N")
+    chunk: int | None = flag(
+        None,
+        "tokens of a window that the model takes at a time (default: all; kernels take up to 16)",
+        type=int,
+        metavar="N",
+    )
     max_tokens: int | None = flag(None, "measure on so many of the first tokens", type=int, metavar="N")
 
     def __post_init__(self) -> None:

@@ -36,16 +36,21 @@ def score(
     *,
     width: int,
     stride: int | None = None,
+    chunk: int | None = None,
     against: LoadedModel | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Score a text's tokens with `model`, and compare it with the model `against`, which has the same vocabulary.
 
-    Raises `UsageError` for a text that is too short, a width or stride that does not fit, or two vocabularies;
+    The models take a window whole, or `chunk` tokens at a time, as when they decode.
+
+    Raises `UsageError` for a text that is too short, a width, stride or chunk that does not fit, or two vocabularies;
     `ModelFileError` for predictions that are not finite.
     """
-    stride = width if stride is None else stride
+    stride, chunk = width if stride is None else stride, width if chunk is None else chunk
     check_windows(len(tokens), width=width, stride=stride, limit=_limit(model, against))
+    if not 1 <= chunk <= width:
+        raise UsageError(f"--chunk {chunk}: expected 1 to the window's {width}")
     for each in filter(None, (model, against)):
         each.transformer.allocate_cache(1, width)
     losses, divergences, agreements = [], [], []
@@ -53,11 +58,11 @@ def score(
     for done, (start, first, end) in enumerate(windows):
         if progress:
             progress(done, len(windows))
-        hidden = _hidden(model, tokens[start:end])[first - start - 1 : -1]
-        other = _hidden(against, tokens[start:end])[first - start - 1 : -1] if against else hidden
+        hidden = _hidden(model, tokens[start:end], chunk)[first - start - 1 : -1]
+        other = _hidden(against, tokens[start:end], chunk)[first - start - 1 : -1] if against else hidden
         targets = torch.tensor(tokens[first:end], device=hidden.device)
-        for rows in range(0, len(targets), ROWS):
-            part = slice(rows, rows + ROWS)
+        for rows in range(0, len(targets), min(ROWS, chunk)):
+            part = slice(rows, rows + min(ROWS, chunk))
             predicted = _log_probabilities(model, hidden[part])
             losses.append(F.nll_loss(predicted, targets[part], reduction="none"))
             if against:
@@ -98,11 +103,16 @@ def _windows(count: int, width: int, stride: int) -> Iterator[tuple[int, int, in
 
 
 @torch.inference_mode()
-def _hidden(model: LoadedModel, tokens: Sequence[int]) -> Tensor:
+def _hidden(model: LoadedModel, tokens: Sequence[int], chunk: int) -> Tensor:
     """Return the hidden states [T, D] of one window."""
     device = model.placement.device
     ids, positions = torch.tensor([tokens], device=device), torch.arange(len(tokens), device=device)
-    return model.transformer(ids, positions[None], positions, torch.tensor([len(tokens)], device=device))[0]
+    length = torch.tensor([len(tokens)], device=device)
+    parts = []
+    for start in range(0, len(tokens), chunk):
+        part = slice(start, start + chunk)
+        parts.append(model.transformer(ids[:, part], positions[None, part], positions[: start + chunk], length)[0])
+    return torch.cat(parts)
 
 
 @torch.inference_mode()

@@ -66,6 +66,13 @@ def test_a_model_is_nowhere_from_itself_and_alone_has_no_distance() -> None:
     assert alone == dataclasses.replace(scores, mean_kl=None, p99_kl=None, top1_agreement=None)
 
 
+@pytest.mark.parametrize("chunk", [1, 16, 63])
+def test_a_window_that_is_read_in_chunks_has_the_same_scores(chunk: int) -> None:
+    whole, parts = score(model(0), TOKENS, width=64), score(model(0), TOKENS, width=64, chunk=chunk)
+    assert parts.tokens == whole.tokens
+    assert parts.mean_loss == pytest.approx(whole.mean_loss, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -73,6 +80,8 @@ def test_a_model_is_nowhere_from_itself_and_alone_has_no_distance() -> None:
         ({"width": 257}, "--window 257"),
         ({"width": 64, "stride": 0}, "--stride 0"),
         ({"width": 64, "stride": 65}, "--stride 65"),
+        ({"width": 64, "chunk": 0}, "--chunk 0"),
+        ({"width": 64, "chunk": 65}, "--chunk 65"),
         ({"width": 64, "tokens": [3]}, "at least two"),
         ({"width": 64, "against": random_model(vocab_size=300)}, "vocabulary"),
         ({"width": 128, "against": random_model(max_seq_len=64)}, "expected 2 to 64"),
