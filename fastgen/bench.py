@@ -36,6 +36,7 @@ class BenchConfig(flags.ModelFlags, flags.ShapeFlags, flags.OutputFlags):
     prompt_tokens: int = flags.flag(5, "length of the prompt (default 5)", type=int, metavar="N")
     new_tokens: int = flags.flag(200, "tokens to decode (default 200)", type=int, metavar="N")
     repeats: int = flags.flag(5, "texts to time, after one that warms up (default 5)", type=int, metavar="N")
+    stages: bool = flags.flag(False, "instead of whole texts, time every stage of a step beside PyTorch's")
     output: str | None = flags.flag(None, "write the records to this file as JSON", metavar="FILE")
 
 
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     config = cli.parse(BenchConfig, argv, prog=PROG, description="Measure decode speed beside its limit.")
     _check(config)
+    if config.stages:
+        return _time_stages(config)
     records: list[Record] = []
     status, phases = 0, cli.Phases()
     try:
@@ -114,6 +117,51 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
         with phases.phase("baseline", "transformers"):
             timing = time_transformers(model.config, placement, compiled=True, repeats=config.repeats, **workload)
         yield row(timing, "transformers", "compile" if placement.device.type == "cuda" else "static cache")
+
+
+def _time_stages(config: BenchConfig) -> int:
+    """Print the tables of `fastgen.stage_times`, and write them with --output."""
+    from fastgen import session
+    from fastgen.device import choose_placement, describe
+    from fastgen.kernels.bandwidth import measure_read_bandwidth
+    from fastgen.load import use_kernels
+    from fastgen.report import versions
+    from fastgen.stage_times import table, time_stages, time_steps, trace_step
+
+    ranks, device = session.join_ranks(config)
+    if ranks.world > 1 or config.batch > 1:
+        raise UsageError("--stages: with one process and --batch 1 only")
+    placement, phases, found = choose_placement(device, config.dtype), cli.Phases(), []
+    limit, filled = measure_read_bandwidth(placement.device), config.prompt_tokens + config.new_tokens // 2
+    for name in config.shape or (config.model,):
+        model = _load(config, name, placement, ranks, phases)
+        use_kernels(model, config.kernels, compile=True)
+        with phases.phase("stages", name):
+            rows = [
+                row
+                for tokens in (1, 8, 16)
+                for row in time_stages(
+                    model, filled=filled, tokens=tokens, limit=limit, peers=tokens == 1 and not model.formats
+                )
+            ]
+            steps = time_steps(model, filled=filled)
+            kernels = trace_step(model, filled=filled) if placement.device.type == "cuda" else []
+        sys.stdout.write(table(f"{name}, {model.format}", rows, steps) + "\n")
+        found.append(
+            {
+                "model": name,
+                "format": model.format,
+                "filled": filled,
+                "stages": [dataclasses.asdict(row) for row in rows],
+                "step_us": steps,
+                "kernels_of_a_step": kernels,
+            }
+        )
+    if config.output:
+        ran = {"device": describe(placement.device), "versions": versions(), "read_limit_gb_per_second": limit}
+        with staged_file(Path(config.output)) as staging:
+            staging.write_text(json.dumps(ran | {"models": found}, indent=1) + "\n")
+    return 0
 
 
 def _load(config: BenchConfig, name: str, placement: "Placement", ranks: "Ranks", phases: cli.Phases) -> "LoadedModel":
