@@ -6,6 +6,8 @@ error that PyTorch makes in the kernel's dtype.
 
 import os
 import re
+import subprocess
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ import triton
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -30,6 +33,9 @@ def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
 
 TARGETS = ((80, False), (90, True))
 """Compute capability, and whether programmatic dependent launch is there."""
+
+SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10}
+"""Bytes of a multiprocessor by compute capability: CUDA C++ Programming Guide, "Technical Specifications"."""
 
 
 def linear(out: int, width: int, *, bias: bool, dtype: torch.dtype, device: str) -> nn.Linear:
@@ -71,38 +77,50 @@ def assert_as_good_as(actual: Tensor, torch_result: Tensor, exact: Tensor, name:
 
 
 def compile_ahead(
-    kernel: Any, capability: int, arguments: dict[str, str], constants: dict[str, Any], *, warps: int = 4,
-    ones: tuple[str, ...] = (),
-) -> str:  # fmt: skip
-    """Compile a kernel for a GPU that need not be there; return its TTGIR (Triton's IR, after pipelining).
-
-    `ones` are arguments that are 1 at the launch, which Triton makes constants unless it is told not to.
-    """
-    constants = constants | {p.name: 1 for p in kernel.params if p.name in ones and not p.do_not_specialize}
+    kernel: Any, capability: int, arguments: dict[str, str], constants: dict[str, Any], *, warps: int = 4
+) -> triton.compiler.CompiledKernel:
+    """Compile a kernel of Triton or Gluon for a GPU that need not be there; `.asm` holds its code at every stage."""
     signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if signature[name].startswith("*")
     }
     options = {"num_warps": warps} | ({"launch_pdl": True} if capability >= 90 else {})
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+        kernel, signature, constexprs=constants, attrs=aligned
+    )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"], "ptxas gives a binary"
-    return compiled.asm["ttgir"]
+    return compiled
 
 
-def assert_waits_between(ttgir: str) -> None:
-    """Weights are copied before the kernel waits for the one ahead of it; activations are read after it."""
-    lines = [line for line in ttgir.splitlines() if "loc(" not in line[:5]]
-    wait = next(n for n, line in enumerate(lines) if "griddepcontrol.wait" in line)
-    copies = [n for n, line in enumerate(lines) if "ttg.async_copy_global_to_local" in line]
-    loads = [n for n, line in enumerate(lines) if "tt.load" in line]
-    assert copies and copies[0] < wait, "no weights are copied before the wait"
-    assert loads and wait < loads[0], "something is read before the wait that may not be written yet"
+def usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
+    """Return what ptxas gave a kernel: REG registers a thread, STACK and LOCAL bytes a thread, and more."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", said)}
 
 
-def assert_one_order(ttgir: str) -> None:
-    """The tensor cores take K in the same order however x was loaded."""
-    assert set(re.findall("kWidth = [0-9]+", ttgir)) == {"kWidth = 2"}
+def assert_streams(compiled: triton.compiler.CompiledKernel, ring: int, capability: int, programs: int) -> None:
+    """A kernel of `product` keeps memory busy: copies from before its wait to the end, and nothing in their way.
+
+    `ring` is what it allocates first, in bytes; so many programs shall run on a multiprocessor of a capability at once.
+    """
+    code, used = compiled.asm["ptx"], usage(compiled)
+    copies = [found.start() for found in re.finditer("cp.async.cg.shared.global", code)]
+    products = code.index("mma.sync.aligned.m16n8k16")
+    assert copies[0] < products < copies[-1], "copies run ahead of the products, and on among them"
+    if compiled.metadata.launch_pdl:
+        assert copies[0] < code.index("griddepcontrol.wait") < products, "weights are copied before the wait"
+    assert used["STACK"] == used["LOCAL"] == 0, f"registers are spilled: {used}"
+    others = [int(offset) for offset in re.findall(r"@global_smem, i32 (\d+)", compiled.asm["llir"])]
+    assert others and min(others) >= ring, "the ring lies first in shared memory, and everything else behind it"
+    assert used["REG"] * 32 * compiled.metadata.num_warps * programs <= 1 << 16, (
+        f"registers of a multiprocessor: {used}"
+    )
+    assert (compiled.metadata.shared + 1024) * programs <= SHARED_MEMORY[capability], "shared memory"
 
 
 def poisoned(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
