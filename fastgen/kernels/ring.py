@@ -69,7 +69,9 @@ def commit():
 @gluon.jit
 def arrived(AHEAD: gl.constexpr):
     """Wait until all of the lane's groups but the newest AHEAD are there."""
-    statement(f"cp.async.wait_group {AHEAD};")
+    gl.inline_asm_elementwise(
+        f"cp.async.wait_group {AHEAD}; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
 
 
 @gluon.jit
