@@ -46,7 +46,7 @@ def on_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]
 def assert_streams(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Compile a stage's kernel for a GPU in the shape that it would have there, and look at the code."""
 
-    def check(kernel: Any, stage: str, tokens: int, capability: int, element: str = "*bf16") -> None:
+    def check(kernel: Any, stage: str, tokens: int, capability: int, element: str, **more: Any) -> None:
         width = 4096
         monkeypatch.setattr(launch, "shared_memory", lambda device: support.SHARED_MEMORY[capability])
         monkeypatch.setattr(launch, "dependent_launch", lambda device: {"launch_pdl": True} if capability >= 90 else {})
@@ -56,7 +56,7 @@ def assert_streams(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         constants: dict[str, Any] = {name: options[name] for name in ("R", "SETS", "DEPTH", "PDL", "WARPS")}
         arguments = {name: TYPES.get(name, element) for name in kernel.arg_names}
         compiled = support.compile_ahead(
-            kernel, capability, arguments, constants | {"K": width, "bias": None}, warps=product.WARPS
+            kernel, capability, arguments, constants | {"K": width, "bias": None}, warps=product.WARPS, **more
         )
         lines = product.WARPS * options["DEPTH"] * options["R"] * product.LINES
         lines += triton.cdiv(width, 4 * product.WIDE) * product.WARPS if tokens == 1 else 0

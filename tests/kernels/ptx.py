@@ -224,7 +224,7 @@ def chosen_bits(a: Lanes, b: Lanes, c: Lanes, table: int) -> Lanes:
 
 OPERATIONS: dict[str, Callable[..., Lanes]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "and": np.bitwise_and, "or": np.bitwise_or,
-    "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "min": np.fmin, "max": np.fmax, "div": divided,
+    "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "abs": np.abs, "min": np.fmin, "max": np.fmax, "div": divided,
     "rem": np.fmod, "fma": fused, "mad": lambda a, b, c: a * b + c, "ex2": np.exp2, "prmt": permuted,
     "rsqrt": lambda a: (1 / np.sqrt(a.astype(np.float64))).astype(a.dtype),
 }  # fmt: skip

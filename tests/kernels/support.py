@@ -77,14 +77,20 @@ def assert_as_good_as(actual: Tensor, torch_result: Tensor, exact: Tensor, name:
 
 
 def compile_ahead(
-    kernel: Any, capability: int, arguments: dict[str, str], constants: dict[str, Any], *, warps: int = 4
-) -> triton.compiler.CompiledKernel:
+    kernel: Any,
+    capability: int,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    warps: int = 4,
+    **options: Any,
+) -> triton.compiler.CompiledKernel:  # fmt: skip
     """Compile a kernel of Triton or Gluon for a GPU that need not be there; `.asm` holds its code at every stage."""
     signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if signature[name].startswith("*")
     }
-    options = {"num_warps": warps} | ({"launch_pdl": True} if capability >= 90 else {})
+    options |= {"num_warps": warps} | ({"launch_pdl": True} if capability >= 90 else {})
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         kernel, signature, constexprs=constants, attrs=aligned
     )
