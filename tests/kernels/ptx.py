@@ -129,6 +129,7 @@ def widened(bits: Lanes, kind: str) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32) if kind == "bf16" else bits.view(np.float16).astype("f4")
 
 
+@np.errstate(all="ignore")
 def narrowed(value: Lanes, kind: str) -> NDArray[np.uint16]:
     """Return fp32 or fp64 as the bits of 16-bit floats, rounded once, to the nearest, ties to even."""
     if kind == "f16":
@@ -223,54 +224,54 @@ def chosen_bits(a: Lanes, b: Lanes, c: Lanes, table: int) -> Lanes:
 
 
 OPERATIONS: dict[str, Callable[..., Lanes]] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "and": np.bitwise_and, "or": np.bitwise_or,
-    "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "abs": np.abs, "min": np.fmin, "max": np.fmax, "div": divided,
-    "rem": np.fmod, "fma": fused, "mad": lambda a, b, c: a * b + c, "ex2": np.exp2, "prmt": permuted,
-    "rsqrt": lambda a: (1 / np.sqrt(a.astype(np.float64))).astype(a.dtype),
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "mad": lambda a, b, c: a * b + c, "fma": fused,
+    "div": divided, "rem": np.fmod, "neg": np.negative, "abs": np.abs, "min": np.fmin, "max": np.fmax,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "prmt": permuted,
+    "ex2": np.exp2, "rsqrt": lambda a: (1 / np.sqrt(a.astype(np.float64))).astype(a.dtype),
 }  # fmt: skip
 """What takes all its operands in the type that the name ends with, and gives that."""
 
 
+@np.errstate(all="ignore")
 def computed(instruction: Instruction, read: Callable[[Operand, str], Lanes]) -> tuple[Lanes, str]:
     """Return what an instruction writes to its first operand, given how to read the others in a type; and its type."""
     name, kind = instruction.names[0], instruction.kind
     sources = instruction.operands[1:]
-    with np.errstate(all="ignore"):
-        if kind in ("bf16x2", "f16x2") and name in ("fma", "mul", "add"):
-            half = kind.removesuffix("x2")
-            low, high = zip(*(halves(read(s, "b32"), half) for s in sources), strict=True)
-            parts = [
-                narrowed(_in_fp64(name, [v.astype(np.float64) for v in values]), half).astype(np.uint32)
-                for values in (low, high)
-            ]
-            return parts[0] | parts[1] << 16, "b32"
-        if name == "cvt":
-            to = instruction.names[-2]
-            if to.endswith("x2"):
-                high, low = (narrowed(read(s, kind), to.removesuffix("x2")).astype(np.uint32) for s in sources)
-                return high << 16 | low, "b32"
-            return converted(read(sources[0], kind), to, kind), to
-        if name == "setp":
-            return compared(instruction.names[1], read(sources[0], kind), read(sources[1], kind)), "pred"
-        if name == "selp":
-            return np.where(read(sources[2], "pred"), read(sources[0], kind), read(sources[1], kind)), kind
-        if name in ("shl", "shr"):
-            return shifted(name == "shl", read(sources[0], kind.replace("b", "u")), read(sources[1], "u32")), kind
-        if name == "shf":
-            assert instruction.names[2] == "wrap", instruction.text
-            return funnel(instruction.names[1] == "l", *(read(s, "u32") for s in sources)), kind
-        if name == "bfe":
-            value, first, length = (read(s, "u32").astype(np.uint64) for s in sources)
-            return (value >> (first & 255) & (np.uint64(1) << (length & 255)) - np.uint64(1)).astype(np.uint32), kind
-        if name == "lop3":
-            return chosen_bits(*(read(s, "b32") for s in sources[:3]), int(str(sources[3]), 0)), kind
-        if instruction.names[1] == "wide":
-            wide = f"{kind[0]}{2 * int(kind[1:])}"
-            product = read(sources[0], kind).astype(TYPES[wide]) * read(sources[1], kind).astype(TYPES[wide])
-            return product + read(sources[2], wide) if name == "mad" else product, wide
-        if name not in OPERATIONS:
-            raise NotImplementedError(f"an instruction that the machine does not know: {instruction.text}")
-        return OPERATIONS[name](*(read(s, kind.replace("b", "u")) for s in sources)), kind
+    if kind in ("bf16x2", "f16x2") and name in ("fma", "mul", "add"):
+        half = kind.removesuffix("x2")
+        low, high = zip(*(halves(read(s, "b32"), half) for s in sources), strict=True)
+        parts = [
+            narrowed(_in_fp64(name, [v.astype(np.float64) for v in values]), half).astype(np.uint32)
+            for values in (low, high)
+        ]
+        return parts[0] | parts[1] << 16, "b32"
+    if name == "cvt":
+        to = instruction.names[-2]
+        if to.endswith("x2"):
+            high, low = (narrowed(read(s, kind), to.removesuffix("x2")).astype(np.uint32) for s in sources)
+            return high << 16 | low, "b32"
+        return converted(read(sources[0], kind), to, kind), to
+    if name == "setp":
+        return compared(instruction.names[1], read(sources[0], kind), read(sources[1], kind)), "pred"
+    if name == "selp":
+        return np.where(read(sources[2], "pred"), read(sources[0], kind), read(sources[1], kind)), kind
+    if name in ("shl", "shr"):
+        return shifted(name == "shl", read(sources[0], kind.replace("b", "u")), read(sources[1], "u32")), kind
+    if name == "shf":
+        assert instruction.names[2] == "wrap", instruction.text
+        return funnel(instruction.names[1] == "l", *(read(s, "u32") for s in sources)), kind
+    if name == "bfe":
+        value, first, length = (read(s, "u32").astype(np.uint64) for s in sources)
+        return (value >> (first & 255) & (np.uint64(1) << (length & 255)) - np.uint64(1)).astype(np.uint32), kind
+    if name == "lop3":
+        return chosen_bits(*(read(s, "b32") for s in sources[:3]), int(str(sources[3]), 0)), kind
+    if instruction.names[1] == "wide":
+        wide = f"{kind[0]}{2 * int(kind[1:])}"
+        product = read(sources[0], kind).astype(TYPES[wide]) * read(sources[1], kind).astype(TYPES[wide])
+        return product + read(sources[2], wide) if name == "mad" else product, wide
+    if name not in OPERATIONS:
+        raise NotImplementedError(f"an instruction that the machine does not know: {instruction.text}")
+    return OPERATIONS[name](*(read(s, kind.replace("b", "u")) for s in sources)), kind
 
 
 def _in_fp64(name: str, values: list[Lanes]) -> Lanes:

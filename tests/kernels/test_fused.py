@@ -45,6 +45,18 @@ def test_prefill_widths_and_fp32_go_to_the_reference() -> None:
 
 
 @on_gpu
+def test_rows_that_do_not_begin_at_16_bytes_go_to_the_reference() -> None:
+    norm = support.norm(63, dtype=torch.bfloat16, device="cuda")
+    linear = support.linear(34, 63, bias=True, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(1, 3, 63, device="cuda", dtype=torch.bfloat16)
+    residual = torch.randn(1, 3, 34, device="cuda", dtype=torch.bfloat16)
+    for name in ("norm_linear", "norm_swiglu", "head", "greedy_head"):
+        assert torch.equal(getattr(fused, name)(x, norm, linear), getattr(reference, name)(x, norm, linear)), name
+    assert torch.equal(fused.linear_add(x, linear, residual), reference.linear_add(x, linear, residual))
+    assert torch.equal(fused.partial_linear(x, linear), reference.partial_linear(x, linear))
+
+
+@on_gpu
 @torch.inference_mode()
 def test_a_graph_of_dependent_launches_gives_the_tokens_of_launches_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
