@@ -26,17 +26,16 @@ Synchronization"; PTX ISA, griddepcontrol, mma.m16n8k16. RMSNorm: arXiv 1910.074
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fastgen.kernels.fragments import fma, halves, lanes, mma
+from fastgen.kernels.fragments import barrier, commit, halves, lanes, statement
 from fastgen.kernels.ring import (
     arrived,
-    barrier,
-    commit,
     copy_two_rows,
+    fma,
     load_four,
+    mma,
     read_four,
     release,
     ring_memory,
-    statement,
     write_four,
 )
 

@@ -1,18 +1,22 @@
-"""A lane's own copies: shared memory in which every lane reads back only what it copied itself.
+"""A lane's own copies: shared memory in which every lane reads back only what it copied itself; and float products.
 
 Triton's operations on shared memory put a barrier of the whole program around each use, because they know nothing of
 who reads what. A lane that copies 16 bytes (`cp.async`) and later reads the same 16 bytes needs no barrier: it waits
 for its own copies, and warps drift apart as memory serves them. So this is PTX, which Triton takes as it is: volatile,
-hence kept in its order. Values are tensors [warps, 32] in the layout `fragments.lanes`, one register of every lane.
+hence kept in its order. Values are tensors [warps, 32] in the layout `fragments.lanes`, one register of every lane;
+pairs are two 16-bit floats in 32 bits. What the stages with integer weights need besides: `fastgen.kernels.fragments`.
 
-Gluon is Triton with explicit layouts. Sources: PTX ISA, cp.async, cp.async.wait_group, ld.shared, griddepcontrol.
+Gluon is Triton with explicit layouts. Sources: PTX ISA, cp.async, cp.async.wait_group, ld.shared, mma.m16n8k16.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-LINE = gl.constexpr(512)
-"""Bytes that a warp copies at once."""
+MMA = (
+    "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
+    "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
+)
+MMA_BF16, MMA_FP16 = gl.constexpr(MMA.format("bf16")), gl.constexpr(MMA.format("f16"))
 
 COPY_TWO_ROWS = gl.constexpr("""
     cp.async.cg.shared.global.L2::128B [$1], [$2], 16, $4;
@@ -20,12 +24,6 @@ COPY_TWO_ROWS = gl.constexpr("""
     cp.async.cg.shared.global.L2::128B [$1+1024], [$2+64], 16, $5;
     cp.async.cg.shared.global.L2::128B [$1+1536], [$3+64], 16, $7;
     mov.b32 $0, 0;""")
-
-
-@gluon.jit
-def statement(TEXT: gl.constexpr):
-    """A statement of PTX without operands, in its place among the others."""
-    gl.inline_asm_elementwise(TEXT + " // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -61,23 +59,11 @@ def copy_two_rows(to, first, second, sizes):
 
 
 @gluon.jit
-def commit():
-    """End a group of copies."""
-    statement("cp.async.commit_group;")
-
-
-@gluon.jit
 def arrived(AHEAD: gl.constexpr):
     """Wait until all of the lane's groups but the newest AHEAD are there."""
     gl.inline_asm_elementwise(
         f"cp.async.wait_group {AHEAD}; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )  # fmt: skip
-
-
-@gluon.jit
-def barrier():
-    """Let all warps of the program meet."""
-    statement("bar.sync 0;")
 
 
 @gluon.jit
@@ -104,4 +90,23 @@ def load_four(pointer):
     return gl.inline_asm_elementwise(
         "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [pointer],
         dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def fma(a, b, c, BF16: gl.constexpr):
+    """Return a b + c of pairs of 16-bit floats, rounded once."""
+    return gl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $3;" if BF16 else "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c],
+        dtype=gl.uint32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def mma(a, b0, b1, c, BF16: gl.constexpr):
+    """Return c + a b for operands in registers, [16, 16] x [16, 8] a warp."""
+    return gl.inline_asm_elementwise(
+        MMA_BF16 if BF16 else MMA_FP16, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
+        dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
     )  # fmt: skip
