@@ -29,9 +29,9 @@ def test_one_few_and_many_tokens_have_a_shape_each() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 8, 16])
 @pytest.mark.parametrize("width", [64, 4096, 28672])
-def test_a_ring_is_as_deep_as_shared_memory_allows(width: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ring_is_as_deep_as_processor_memory_allows(width: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def depth(processor: int, shape: Shape) -> int:
-        monkeypatch.setattr(launch, "shared_memory", lambda device: processor)
+        monkeypatch.setattr(launch, "processor_memory", lambda device: processor)
         return launch.fitted(shape, weight(4096, width), tokens, 4096).options["DEPTH"]
 
     for shape in (Shape(1, 1, 40, 0), Shape(2, 1, 40, 0), Shape(2, 2, 40, 0)):

@@ -6,17 +6,14 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fastgen.kernels.fragments import lanes
+from fastgen.kernels.fragments import barrier, commit, lanes, statement
 from fastgen.kernels.ring import (
     arrived,
-    barrier,
-    commit,
     copy_two_rows,
     load_four,
     read_four,
     release,
     ring_memory,
-    statement,
 )
 from tests.kernels import ptx
 from tests.kernels.machine import OnMachine
