@@ -172,6 +172,12 @@ def test_a_hostile_template_ends_in_a_short_error(name: str) -> None:
     assert message.startswith("chat template: ") and message.isprintable() and len(message) < 500
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not bound address space")
+def test_memory_ends_a_template_before_time_does() -> None:
+    with pytest.raises(ModelFileError, match="it needs more than 128 MiB"):
+        render("{% set x = messages[0].content * 2 ** 27 %}", [{"role": "user", "content": "abc"}])
+
+
 def test_the_rendering_process_does_not_see_tokens_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     run, environments = subprocess.run, []
 
