@@ -15,7 +15,7 @@ griddepcontrol.wait. Branches must be taken by all threads of a program alike.
 It does not model warps drifting apart otherwise, programs that run at the same time, caches, the order in which
 global memory becomes visible, or time.
 
-Source: PTX ISA 8.7 (cp.async, mma.m16n8k16, ldmatrix, stmatrix, shfl.sync, griddepcontrol).
+Source: PTX ISA 8.7 (cp.async, ldmatrix, stmatrix, bar.sync, griddepcontrol).
 """
 
 import functools
@@ -32,6 +32,7 @@ from tests.kernels import ptx
 from tests.kernels.memory import Fault, GlobalMemory, SharedMemory
 from tests.kernels.ptx import TYPES, Address, Instruction, Lanes, Operand
 from tests.kernels.support import compile_ahead
+from tests.kernels.warps import multiplied, reduced, shuffled
 
 SHARED_BASE = 1024
 """The address of Triton's shared memory; nothing lies before it."""
@@ -52,10 +53,12 @@ class OnMachine:
         """`ahead`: arguments that the kernel before this one writes."""
         self.kernel, self.ahead = kernel, ahead
 
-    def __getitem__(self, grid: tuple[int]) -> functools.partial[None]:
-        return functools.partial(self._launch, grid[0])
+    def __getitem__(self, grid: tuple[int, ...]) -> functools.partial[None]:
+        return functools.partial(self._launch, grid)
 
-    def _launch(self, programs: int, *positional: Any, num_warps: int, launch_pdl: bool = False, **named: Any) -> None:
+    def _launch(
+        self, grid: tuple[int, ...], *positional: Any, num_warps: int = 4, launch_pdl: bool = False, **named: Any
+    ) -> None:
         values = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
         constants, kinds = _specialized(self.kernel, values)
         compiled = _compiled(self.kernel, 90 if launch_pdl else 80, kinds, constants, num_warps)
@@ -63,11 +66,11 @@ class OnMachine:
         memory = GlobalMemory(tensors.values())
         arguments = [_passed(values[name], memory) for name, _ in kinds]
         program = _parsed(compiled.asm["ptx"])
-        for index in range(programs):
+        for place in np.ndindex(grid):
             if launch_pdl:
                 memory.hide(tensors[name] for name in self.ahead if name in tensors)
             shared = SharedMemory(compiled.metadata.shared)
-            Threads(program, 32 * num_warps, memory, shared, arguments, (index, programs)).run()
+            Threads(program, 32 * num_warps, memory, shared, arguments, place, grid).run()
         memory.give_back()
 
 
@@ -108,15 +111,16 @@ class Threads:
 
     def __init__(
         self, program: ptx.Program, count: int, memory: GlobalMemory, shared: SharedMemory, arguments: list[int],
-        place: tuple[int, int],
+        place: tuple[int, ...], grid: tuple[int, ...],
     ) -> None:  # fmt: skip
-        """`arguments`: the bits of the first parameters; `place`: this program's number, and how many there are."""
+        """`arguments`: the bits of the first parameters; `place`: the program's, in the grid."""
         self._program, self._count, self._memory, self._shared = program, count, memory, shared
         self._parameters = dict.fromkeys(program.parameters, 0) | dict(zip(program.parameters, arguments, strict=False))
         self._all = np.arange(count, dtype=np.int32)
         self._everyone = np.ones(count, bool)
-        self._lane, self._warp = self._all % 32, self._all // 32 * 32
-        special = {"%tid.x": self._all, "%ctaid.x": place[0], "%nctaid.x": place[1], "global_smem": SHARED_BASE}
+        special: dict[str, Any] = {"%tid.x": self._all, "global_smem": SHARED_BASE}
+        for axis, at, size in zip("xyz", place, grid, strict=False):
+            special |= {f"%ctaid.{axis}": at, f"%nctaid.{axis}": size}
         self._special = {name: np.broadcast_to(np.uint32(value), count) for name, value in special.items()}
         self._registers: dict[str, Lanes] = {
             name: np.full(count, -1, f"i{dtype.itemsize}").view(dtype) if dtype.kind != "b" else np.zeros(count, bool)
@@ -241,13 +245,15 @@ class Threads:
             self._shared.wait(int(str(instruction.operands[0]), 0))
         elif names[:2] == ("bar", "sync") and instruction.operands == ("0",):
             self._shared.barrier()
+        elif names[:3] == ("bar", "warp", "sync") and (self._read(instruction.operands[0], "s32") == -1).all():
+            self._shared.warp_barrier()
         elif "wait" in names:
             self._memory.wait()
         elif "global" in names:
             to, source, size = instruction.operands[:3]
             self._copy(to, source, int(str(size), 0), instruction.operands[3:], mask)
         elif "launch_dependents" not in names:
-            raise NotImplementedError(f"an instruction that the machine does not know: {instruction.text}")
+            raise ptx.unknown(instruction)
 
     def _copy(
         self, to: Operand, source: Operand, size: int, rest: tuple[Operand, ...], mask: NDArray[np.bool_]
@@ -261,46 +267,25 @@ class Threads:
         self._shared.copy(self._places(to, size, mask, shared=True), data[mask], self._all[mask])
 
     def _shfl(self, instruction: Instruction) -> None:
-        """shfl.sync.bfly and .idx over whole warps."""
         to, source, other, clamp, _ = instruction.operands
         how = instruction.names[2]
         if how not in ("bfly", "idx") or not (self._read(clamp, "u32") == 31).all():
-            raise NotImplementedError(f"an instruction that the machine does not know: {instruction.text}")
-        other = self._read(other, "u32") & 31
-        lane = self._lane ^ other if how == "bfly" else other
-        self._write(to, self._read(source, "b32")[self._warp + lane], self._everyone, "b32")
+            raise ptx.unknown(instruction)
+        self._write(to, shuffled(how, self._read(source, "b32"), self._read(other, "u32")), self._everyone, "b32")
 
     def _redux(self, instruction: Instruction) -> None:
-        """redux.sync: min, max or add over the lanes of a mask."""
         to, source, mask = instruction.operands
-        kind = instruction.kind
-        reduce = {"min": np.min, "max": np.max, "add": np.sum}[instruction.names[2]]
-        members = (self._read(mask, "u32")[:, None] >> np.arange(32, dtype=np.uint32) & 1).astype(bool)
-        values = self._read(source, kind).reshape(-1, 32)
-        result = [reduce(values[thread // 32][members[thread]]) for thread in self._all]
-        self._write(to, np.array(result, TYPES[kind]), self._everyone, kind)
+        value = reduced(instruction.names[2], self._read(source, instruction.kind), self._read(mask, "u32"))
+        self._write(to, value, self._everyone, instruction.kind)
 
     def _mma(self, instruction: Instruction) -> None:
-        """mma.m16n8k16 with fp32 sums; here they are made in fp64 and rounded once."""
-        if instruction.names[3:6] != ("m16n8k16", "row", "col") or instruction.names[6] != "f32":
-            raise NotImplementedError(f"an instruction that the machine does not know: {instruction.text}")
-        warps, kind = self._count // 32, instruction.names[7]
-        g, t = np.arange(32) // 4, np.arange(32) % 4
-        left, right, total = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8)), np.zeros((warps, 16, 8))
-        to, first, second, third = instruction.operands
-        for j, name in enumerate(first):
-            for h, part in enumerate(ptx.halves(self._read(name, "b32").reshape(warps, 32), kind)):
-                left[:, g + 8 * (j % 2), 2 * t + h + 8 * (j // 2)] = part
-        for j, name in enumerate(second):
-            for h, part in enumerate(ptx.halves(self._read(name, "b32").reshape(warps, 32), kind)):
-                right[:, 2 * t + h + 8 * j, g] = part
-        for j, name in enumerate(third):
-            total[:, g + 8 * (j // 2), 2 * t + j % 2] = self._read(name, "f32").reshape(warps, 32)
-        with np.errstate(all="ignore"):
-            total = (left @ right + total).astype(np.float32)
-        for j, name in enumerate(to):
-            part = total[:, g + 8 * (j // 2), 2 * t + j % 2].reshape(-1)
-            self._write(name, part, self._everyone, "f32")
+        shape, kinds = instruction.names[3], instruction.names[6:]
+        if (shape, kinds[0], kinds[3]) not in (("m16n8k16", "f32", "f32"), ("m16n8k32", "s32", "s32")):
+            raise ptx.unknown(instruction)
+        to, *sources = instruction.operands
+        a, b, c = ([self._read(name, t) for name in s] for s, t in zip(sources, ("b32", "b32", kinds[0]), strict=True))
+        for name, value in zip(to, multiplied(kinds, a, b, c), strict=True):
+            self._write(name, value, self._everyone, kinds[0])
 
     def _ldmatrix(self, instruction: Instruction) -> None:
         registers, address = instruction.operands

@@ -17,7 +17,11 @@ GAP = 1 << 16
 """Bytes between tensors, which nobody may touch."""
 
 NEVER, COPYING, EVERYBODY, MANY = -4, -3, -2, -1
-"""Instead of a thread: nothing was written; a copy is under way; a barrier has passed since; several threads."""
+"""Who wrote or read a byte, if not one thread: nothing was written; a copy is under way; a barrier has passed since;
+threads of several warps."""
+
+SEVERAL, MET = 1 << 20, 1 << 21
+"""Plus the number of a warp: several of its threads; threads that have met since in a barrier of their warp."""
 
 
 class Fault(AssertionError):
@@ -112,12 +116,9 @@ class SharedMemory:
             raise Fault("shared memory is read that nothing has written")
         if (writer == COPYING).any():
             raise Fault("shared memory is read while a copy into it is under way: its group was not waited for")
-        if ((writer >= 0) & (writer != own)).any():
+        if not _settled(writer, own).all():
             raise Fault("shared memory is read that another thread wrote since the last barrier")
-        reader = self._reader[places]
-        marks = np.where((reader == EVERYBODY) | (reader == own), own, MANY)
-        self._reader[places] = marks
-        self._reader[places[self._reader[places] != marks]] = MANY
+        self._mark_read(places, own)
         return self.data[places]
 
     def write(self, places: Places, data: NDArray[np.uint8], threads: NDArray[np.int32]) -> None:
@@ -149,15 +150,37 @@ class SharedMemory:
         self._writer[self._writer >= 0] = EVERYBODY
         self._reader[:] = EVERYBODY
 
+    def warp_barrier(self) -> None:
+        """bar.warp.sync: so do the lanes of each warp among themselves."""
+        for marks in (self._writer, self._reader):
+            one, several = (marks >= 0) & (marks < SEVERAL), (marks >= SEVERAL) & (marks < MET)
+            marks[one] = MET + marks[one] // 32
+            marks[several] += MET - SEVERAL
+
+    def _mark_read(self, places: Places, own: NDArray[np.int32]) -> None:
+        before, warp = self._reader[places], SEVERAL + own // 32
+        alike = (before == warp) | (before // 32 == own // 32)
+        marks = np.where(_settled(before, own), own, np.where(alike, warp, MANY))
+        self._reader[places] = marks
+        after = self._reader[places]  # where several threads read one byte now, the mark of one of them
+        others, alike = after != marks, ((after == warp) | (after // 32 == own // 32)) & (marks != MANY)
+        self._reader[places[others & alike]] = np.broadcast_to(warp, places.shape)[others & alike]
+        self._reader[places[others & ~alike]] = MANY
+
     def _claim(self, places: Places, threads: NDArray[np.int32]) -> None:
         self._inside(places)
         reader = self._reader[places]
-        if ((reader != EVERYBODY) & (reader != threads[:, None])).any():
+        if not _settled(reader, threads[:, None]).all():
             raise Fault("shared memory is overwritten that another thread has read since the last barrier")
 
     def _inside(self, places: Places) -> None:
         if (places < 0).any() or (places >= self.data.size).any():
             raise Fault(f"an address outside of {self.data.size} bytes of shared memory")
+
+
+def _settled(marks: NDArray[np.int32], own: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Whether what somebody did to a byte comes before what a thread does now."""
+    return (marks == EVERYBODY) | (marks == own) | (marks == MET + own // 32)
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:

@@ -66,16 +66,19 @@ def parse(text: str) -> Program:
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     registers: dict[str, np.dtype] = {}
+    local: dict[str, str] = {}
     for line in _without_places(body).split(";"):
         statement = line.strip()
-        while found := re.match(r"(\$\w+):\s*", statement):
-            labels[found.group(1)] = len(code)
+        while found := re.match(r"(\$\w+):\s*|}\s*|{\s*(?=[.@a-z])", statement):  # labels, and ends of blocks
+            labels |= {found.group(1): len(code)} if found.group(1) else {}
             statement = statement[found.end() :]
-        statement = re.sub(r"^[{}\s]+(?=[.@a-z]|$)", "", statement)
         if statement.startswith(".reg"):
-            registers |= _declared(statement)
+            for name, dtype in _declared(statement).items():
+                if not name.startswith("%"):  # of a block of inline assembly: another block may have its own
+                    local[name] = f"{name}.{len(code)}"
+                registers[local.get(name, name)] = dtype
         elif statement and not statement.startswith("."):
-            code.append(_instruction(" ".join(statement.split())))
+            code.append(_instruction(" ".join(statement.split()), local))
     return Program(re.findall(r"(\w+_param_\d+)", head), code, labels, registers)
 
 
@@ -95,23 +98,31 @@ def _declared(statement: str) -> dict[str, np.dtype]:
     return result
 
 
-def _instruction(text: str) -> Instruction:
+def _instruction(text: str, local: dict[str, str]) -> Instruction:
     guard, rest = "", text
     if text.startswith("@"):
         guard, _, rest = text[1:].partition(" ")
     name, _, operands = rest.partition(" ")
     parts = re.findall(r"\{[^}]*}|\[[^\]]*]|[^,\s]+", operands)
     names = tuple(part for part in re.split(r"[.:]+", name) if part)
-    return Instruction(text, guard.lstrip("!"), guard.startswith("!"), names, tuple(map(_operand, parts)))
+    negated, guard = guard.startswith("!"), guard.lstrip("!")
+    found = tuple(_operand(part, local) for part in parts)
+    return Instruction(text, local.get(guard, guard), negated, names, found)
 
 
-def _operand(text: str) -> Operand:
+def _operand(text: str, local: dict[str, str]) -> Operand:
     if text.startswith("{"):
-        return tuple(name.strip() for name in text[1:-1].split(","))
+        names = (name.strip() for name in text[1:-1].split(","))
+        return tuple(local.get(name, name) for name in names)
     if text.startswith("["):
-        base, _, offset = text[1:-1].partition("+")
-        return Address(base.strip(), int(offset or 0))
-    return text
+        base, _, offset = (part.strip() for part in text[1:-1].partition("+"))
+        return Address(local.get(base, base), int(offset or 0))
+    return local.get(text, text)
+
+
+def unknown(instruction: Instruction) -> NotImplementedError:
+    """Return the error for an instruction that nothing here models."""
+    return NotImplementedError(f"an instruction that the machine does not know: {instruction.text}")
 
 
 @functools.cache
@@ -263,6 +274,12 @@ def computed(instruction: Instruction, read: Callable[[Operand, str], Lanes]) ->
     if name == "bfe":
         value, first, length = (read(s, "u32").astype(np.uint64) for s in sources)
         return (value >> (first & 255) & (np.uint64(1) << (length & 255)) - np.uint64(1)).astype(np.uint32), kind
+    if name == "dp4a":
+        a, b = (
+            np.ascontiguousarray(read(s, "b32")).view(f"{t[0].replace('s', 'i')}1")
+            for s, t in zip(sources, instruction.names[1:], strict=False)
+        )
+        return read(sources[2], kind) + (a.astype(np.int32) * b).reshape(-1, 4).sum(1, dtype=np.int32), kind
     if name == "lop3":
         return chosen_bits(*(read(s, "b32") for s in sources[:3]), int(str(sources[3]), 0)), kind
     if instruction.names[1] == "wide":
@@ -270,7 +287,7 @@ def computed(instruction: Instruction, read: Callable[[Operand, str], Lanes]) ->
         product = read(sources[0], kind).astype(TYPES[wide]) * read(sources[1], kind).astype(TYPES[wide])
         return product + read(sources[2], wide) if name == "mad" else product, wide
     if name not in OPERATIONS:
-        raise NotImplementedError(f"an instruction that the machine does not know: {instruction.text}")
+        raise unknown(instruction)
     return OPERATIONS[name](*(read(s, kind.replace("b", "u")) for s in sources)), kind
 
 
