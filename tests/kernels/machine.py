@@ -8,9 +8,9 @@ for sm_90 or sm_80, with one numpy value a thread and register, on the tensors o
 
 It models registers, predicates, shuffles, mma, memory and asynchronous copies, which land when they are waited for
 and not earlier. It raises `Fault` for accesses outside of tensors, addresses that are not aligned, shared memory that
-is read unwritten, before its copy was waited for or without a barrier between writer and reader, and for tensors
-`ahead` (those that the kernel before this one writes under programmatic dependent launch) that are read before
-griddepcontrol.wait. Branches must be taken by all threads of a program alike.
+is read before its copy was waited for or without a barrier between writer and reader, and for tensors `ahead` (those
+that the kernel before this one writes under programmatic dependent launch) that are read before griddepcontrol.wait.
+What nobody wrote to shared memory is NaN. Branches must be taken by all threads of a program alike.
 
 It does not model warps drifting apart otherwise, programs that run at the same time, caches, the order in which
 global memory becomes visible, or time.

@@ -99,7 +99,8 @@ class SharedMemory:
 
     A thread sees what it wrote itself, and what others wrote before the last barrier; a copy (cp.async) is the
     thread's own write at the moment that it waits for it. Nobody may overwrite what another thread has read since the
-    last barrier. So a missing barrier is a fault, whatever the order in which the threads happen to run here.
+    last barrier. So a missing barrier is a fault, whatever the order in which the threads happen to run here. What
+    nobody wrote is NaN as a float of any size.
     """
 
     def __init__(self, size: int) -> None:
@@ -112,8 +113,6 @@ class SharedMemory:
         """Return the bytes at addresses [t, size], each row read by one of threads [t]."""
         self._inside(places)
         writer, own = self._writer[places], threads[:, None]
-        if (writer == NEVER).any():
-            raise Fault("shared memory is read that nothing has written")
         if (writer == COPYING).any():
             raise Fault("shared memory is read while a copy into it is under way: its group was not waited for")
         if not _settled(writer, own).all():
@@ -180,7 +179,7 @@ class SharedMemory:
 
 def _settled(marks: NDArray[np.int32], own: NDArray[np.int32]) -> NDArray[np.bool_]:
     """Whether what somebody did to a byte comes before what a thread does now."""
-    return (marks == EVERYBODY) | (marks == own) | (marks == MET + own // 32)
+    return (marks == NEVER) | (marks == EVERYBODY) | (marks == own) | (marks == MET + own // 32)
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:

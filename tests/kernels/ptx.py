@@ -225,6 +225,15 @@ def funnel(left: bool, low: Lanes, high: Lanes, amount: Lanes) -> Lanes:
     return ((both << by) >> 32 if left else both >> by).astype(np.uint32)
 
 
+def field(value: Lanes, first: Lanes, length: Lanes) -> Lanes:
+    """bfe: some bits of a word, of a signed one with their sign; those beyond the word are its sign."""
+    first, length = (n.astype(np.int64) & 255 for n in (first, length))
+    bits = value.astype(np.int64) >> np.minimum(first, 63) & (np.int64(1) << np.minimum(length, 62)) - 1
+    if value.dtype.kind == "i":
+        bits -= (bits >> np.maximum(length, 1) - 1 & 1) << np.minimum(length, 62)
+    return bits.astype(value.dtype)
+
+
 def chosen_bits(a: Lanes, b: Lanes, c: Lanes, table: int) -> Lanes:
     """lop3: bit 4a + 2b + c of the table."""
     result = np.zeros_like(a)
@@ -243,19 +252,21 @@ OPERATIONS: dict[str, Callable[..., Lanes]] = {
 """What takes all its operands in the type that the name ends with, and gives that."""
 
 
+MODIFIERS = {*CODES, "bf16x2", "f16x2", "rn", "ftz", "approx", "full", "lo", "wide", "wrap", "l", "r"} | {
+    order + unordered for order in ("eq", "ne", "lt", "le", "gt", "ge") for unordered in ("", "u")
+} | {"nan", "num"}  # fmt: skip
+"""What may stand in the middle of a name; ftz is ignored, as no result here depends on subnormal numbers."""
+
+
 @np.errstate(all="ignore")
 def computed(instruction: Instruction, read: Callable[[Operand, str], Lanes]) -> tuple[Lanes, str]:
     """Return what an instruction writes to its first operand, given how to read the others in a type; and its type."""
     name, kind = instruction.names[0], instruction.kind
+    if not MODIFIERS.issuperset(instruction.names[1:-1]):
+        raise unknown(instruction)
     sources = instruction.operands[1:]
-    if kind in ("bf16x2", "f16x2") and name in ("fma", "mul", "add"):
-        half = kind.removesuffix("x2")
-        low, high = zip(*(halves(read(s, "b32"), half) for s in sources), strict=True)
-        parts = [
-            narrowed(_in_fp64(name, [v.astype(np.float64) for v in values]), half).astype(np.uint32)
-            for values in (low, high)
-        ]
-        return parts[0] | parts[1] << 16, "b32"
+    if kind in ("bf16x2", "f16x2"):
+        return _paired(OPERATIONS[name], kind.removesuffix("x2"), [read(s, "b32") for s in sources]), "b32"
     if name == "cvt":
         to = instruction.names[-2]
         if to.endswith("x2"):
@@ -268,20 +279,8 @@ def computed(instruction: Instruction, read: Callable[[Operand, str], Lanes]) ->
         return np.where(read(sources[2], "pred"), read(sources[0], kind), read(sources[1], kind)), kind
     if name in ("shl", "shr"):
         return shifted(name == "shl", read(sources[0], kind.replace("b", "u")), read(sources[1], "u32")), kind
-    if name == "shf":
-        assert instruction.names[2] == "wrap", instruction.text
-        return funnel(instruction.names[1] == "l", *(read(s, "u32") for s in sources)), kind
-    if name == "bfe":
-        value, first, length = (read(s, "u32").astype(np.uint64) for s in sources)
-        return (value >> (first & 255) & (np.uint64(1) << (length & 255)) - np.uint64(1)).astype(np.uint32), kind
-    if name == "dp4a":
-        a, b = (
-            np.ascontiguousarray(read(s, "b32")).view(f"{t[0].replace('s', 'i')}1")
-            for s, t in zip(sources, instruction.names[1:], strict=False)
-        )
-        return read(sources[2], kind) + (a.astype(np.int32) * b).reshape(-1, 4).sum(1, dtype=np.int32), kind
-    if name == "lop3":
-        return chosen_bits(*(read(s, "b32") for s in sources[:3]), int(str(sources[3]), 0)), kind
+    if name in ("shf", "bfe", "dp4a", "lop3"):
+        return _of_bits(instruction, read), kind
     if instruction.names[1] == "wide":
         wide = f"{kind[0]}{2 * int(kind[1:])}"
         product = read(sources[0], kind).astype(TYPES[wide]) * read(sources[1], kind).astype(TYPES[wide])
@@ -291,5 +290,29 @@ def computed(instruction: Instruction, read: Callable[[Operand, str], Lanes]) ->
     return OPERATIONS[name](*(read(s, kind.replace("b", "u")) for s in sources)), kind
 
 
-def _in_fp64(name: str, values: list[Lanes]) -> Lanes:
-    return values[0] * values[1] + values[2] if name == "fma" else OPERATIONS[name](*values)
+def _of_bits(instruction: Instruction, read: Callable[[Operand, str], Lanes]) -> Lanes:
+    """What takes its operands in several types."""
+    name, kind, sources = instruction.names[0], instruction.kind, instruction.operands[1:]
+    if name == "shf":
+        assert instruction.names[2] == "wrap", instruction.text
+        return funnel(instruction.names[1] == "l", *(read(s, "u32") for s in sources))
+    if name == "bfe":
+        return field(read(sources[0], kind), read(sources[1], "u32"), read(sources[2], "u32"))
+    if name == "dp4a":
+        a, b = (_bytes(read(s, "b32"), sign) for s, sign in zip(sources, instruction.names[1:], strict=False))
+        return read(sources[2], kind) + (a * b).sum(1, dtype=np.int32)
+    return chosen_bits(*(read(s, "b32") for s in sources[:3]), int(str(sources[3]), 0))
+
+
+def _bytes(words: Lanes, kind: str) -> NDArray[np.int32]:
+    whole = np.ascontiguousarray(words)[:, None]
+    return whole.view(np.int8 if kind[0] == "s" else np.uint8).astype(np.int32)
+
+
+def _paired(operation: Callable[..., Lanes], kind: str, words: list[Lanes]) -> Lanes:
+    """Do to two 16-bit floats in a word what is done to one, in fp64."""
+    low, high = (
+        narrowed(operation(*(value.astype(np.float64) for value in values)), kind).astype(np.uint32)
+        for values in zip(*(halves(word, kind) for word in words), strict=True)
+    )
+    return low | high << 16
