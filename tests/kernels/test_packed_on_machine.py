@@ -1,0 +1,73 @@
+"""int4 and int8 weights in the kernels that pack and stream them, on `machine`: against fp64, the same bits."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastgen.kernels import packed, packed_linear
+from fastgen.kernels.packed import PackedLinear, pack_int4, pack_int8
+from quantize import int4, int8
+from tests.kernels import support
+from tests.kernels.machine import OnMachine
+from tests.kernels.support import compiled_ahead
+
+AHEAD = {
+    "packed_linear_kernel": ("x", "residual", "factors"), "packed_best_kernel": ("x", "factors"),
+    "prepare_kernel": ("x",), "pick_token_kernel": ("best", "ids"),
+}  # fmt: skip
+"""What of a kernel's arguments the kernel ahead of it may have written."""
+
+
+@pytest.fixture
+def packed_on_machine(monkeypatch: pytest.MonkeyPatch, on_machine: Callable[..., None]) -> None:
+    """The kernels with packed weights run on the machine too."""
+    for name, ahead in AHEAD.items():
+        monkeypatch.setattr(packed_linear, name, OnMachine(getattr(packed_linear, name), ahead))
+    for name in ("pack_int4_kernel", "pack_int8_kernel"):
+        monkeypatch.setattr(packed, name, OnMachine(getattr(packed, name)))
+
+
+def linear(out: int, width: int, form: str) -> tuple[PackedLinear, torch.Tensor]:
+    """A quantized linear in bf16, and its weights in fp64."""
+    weight, bias = torch.randn(out, width) * width**-0.5, torch.randn(out).bfloat16()
+    if form == "int8":
+        q, scale = int8.quantize(weight, torch.bfloat16)
+        return pack_int8(q, scale, bias), q.double() * scale.double().view(out, 1)
+    q, scale, zero_point = int4.quantize(weight, 128, symmetric=False, scale_dtype=torch.bfloat16)
+    exact = (q.view(out, -1, 128) - zero_point[..., None].double()) * scale[..., None].double()
+    return pack_int4(int4.pack(q), scale, zero_point, bias), exact.view(out, width)
+
+
+@compiled_ahead
+@pytest.mark.usefixtures("packed_on_machine")
+@pytest.mark.parametrize("form", ["int8", "g128 zeros"])
+def test_on_the_machine_packed_weights_give_the_same_bits_for_any_tokens(form: str) -> None:
+    torch.manual_seed(0)
+    packed_weight, weight = linear(80, 640, form)
+    x, residual = torch.randn(1, 9, 640).bfloat16(), torch.randn(1, 9, 80).bfloat16()
+    norm = support.norm(640, dtype=torch.bfloat16, device="cpu")
+    assert packed_weight.bias is not None
+    wide = torch.nn.functional.rms_norm(x.double(), (640,), norm.weight.double(), 1e-5)
+    exact = wide @ weight.T + packed_weight.bias.double() + residual.double()
+
+    def run(tokens: int) -> torch.Tensor:
+        arguments = (packed_weight.words, packed_weight.scales, packed_weight.bias, residual[:, :tokens], 80, False)
+        return packed_linear.packed_linear(x[:, :tokens], norm.weight, 1e-5, *arguments)
+
+    together = run(9)
+    support.assert_as_good_as(together, exact.bfloat16(), exact, f"{form}, against one rounding")
+    assert torch.equal(run(1), together[:, :1])
+
+
+@compiled_ahead
+@pytest.mark.usefixtures("packed_on_machine")
+def test_on_the_machine_the_packed_greedy_head_takes_the_largest_logit() -> None:
+    torch.manual_seed(1)
+    packed_weight, weight = linear(80, 640, "int8")
+    x, norm = torch.randn(1, 640).bfloat16(), support.norm(640, dtype=torch.bfloat16, device="cpu")
+    assert packed_weight.bias is not None
+    logits = torch.nn.functional.rms_norm(x.double(), (640,), norm.weight.double(), 1e-5) @ weight.T
+    arguments = (packed_weight.words, packed_weight.scales, packed_weight.bias, 80)
+    token = packed_linear.packed_greedy_head(x, norm.weight, 1e-5, *arguments)
+    assert torch.equal(token, (logits + packed_weight.bias.double()).argmax(-1))
