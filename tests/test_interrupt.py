@@ -1,11 +1,16 @@
 """Ctrl-C and closed pipes, on a real process."""
 
+import array
+import fcntl
 import os
 import pty
 import signal
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -24,9 +29,17 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [sys.executable, "-m", "fastgen.generate", *flags]
 
 
-def start(command: list[str]) -> subprocess.Popen:
+def start(command: list[str], stdin: int | None = None) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    return subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def wait_until_read(pipe: IO[bytes]) -> None:
+    """Return when the process at the other end has taken all that was written."""
+    waiting = array.array("i", [1])
+    while waiting[0]:
+        time.sleep(0.01)
+        fcntl.ioctl(pipe.fileno(), termios.FIONREAD, waiting)
 
 
 def test_ctrl_c_while_the_text_streams_keeps_it_and_says_what_was_measured(command: list[str]) -> None:
@@ -41,9 +54,11 @@ def test_ctrl_c_while_the_text_streams_keeps_it_and_says_what_was_measured(comma
 
 
 def test_ctrl_c_before_the_text_ends_at_once(command: list[str]) -> None:
-    with start([*command[:-1], "--prompt", "-"]) as process:
-        # It waits for stdin, flags parsed: importing and loading are all still to come.
-        assert process.stderr
+    with start([*command, "--prompt", "-"], stdin=subprocess.PIPE) as process:
+        assert process.stdin
+        process.stdin.write(b"Once")
+        process.stdin.flush()
+        wait_until_read(process.stdin)  # flags are parsed; importing and loading are all still to come
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT), "a shell sees 130 in both"
