@@ -69,6 +69,8 @@ def _check(config: BenchConfig) -> None:
         raise UsageError(f"--modes {config.modes}: {unknown[0]!r} is none of eager, compile")
     if min(config.batch, config.prompt_tokens, config.repeats) < 1 or config.new_tokens < 2:
         raise UsageError("--batch, --prompt-tokens and --repeats are at least 1, --new-tokens at least 2")
+    if config.stages and config.baseline:
+        raise UsageError("--baseline: not with --stages, which stand beside PyTorch's already")
     if config.baseline and config.batch > 1:
         raise UsageError("--baseline transformers: compared at --batch 1 only")
     flags.refuse(config, ["compile"], "--modes says what is measured, compile among it")
@@ -157,10 +159,13 @@ def _time_stages(config: BenchConfig) -> int:
                 "kernels_of_a_step": kernels,
             }
         )
+    ran = {"device": describe(placement.device), "versions": versions(), "read_limit_gb_per_second": limit}
+    document = _document(config, []) | ran | {"records": found}
     if config.output:
-        ran = {"device": describe(placement.device), "versions": versions(), "read_limit_gb_per_second": limit}
         with staged_file(Path(config.output)) as staging:
-            staging.write_text(json.dumps(ran | {"models": found}, indent=1) + "\n")
+            staging.write_text(json.dumps(document, indent=1) + "\n")
+    if config.json:
+        sys.stdout.write(json.dumps(document) + "\n")
     return 0
 
 

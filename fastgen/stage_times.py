@@ -90,7 +90,7 @@ def _stages(model: LoadedModel, filled: int, tokens: int) -> dict[str, tuple[Cal
     step = Step(positions, keys, reference.rotations(positions, length, model.transformer.rope))
     block: Any = model.transformer.layers[0]
     norm, lm_head = model.transformer.norm, model.transformer.lm_head
-    kv = 2 * filled * config.kv_dim * dtype.itemsize
+    kv = model.transformer.kv_bytes(filled) // config.n_layers
 
     def attend(stages: Any, b: Any) -> Tensor:
         return stages.attend(

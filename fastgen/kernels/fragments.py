@@ -76,11 +76,18 @@ def commit():
 
 
 @gluon.jit
+def arrived(AHEAD: gl.constexpr):
+    """Wait until all of the lane's own groups but the newest AHEAD are there."""
+    gl.inline_asm_elementwise(
+        f"cp.async.wait_group {AHEAD}; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
 def arrive(AHEAD: gl.constexpr):
     """Wait until all groups but the newest AHEAD have arrived, for all lanes of the warp."""
-    gl.inline_asm_elementwise(
-        f"cp.async.wait_group {AHEAD}; bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
+    arrived(AHEAD)
+    statement("bar.warp.sync 0xffffffff;")
 
 
 @gluon.jit
@@ -99,10 +106,15 @@ def shared_memory(BYTES: gl.constexpr, WARPS: gl.constexpr):
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     memory = gl.allocate_shared_memory(gl.int32, [BYTES // (128 * WARPS), WARPS * 32], FLAT)
     memory.index(0).store(gl.zeros([WARPS * 32], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0])))
-    address = gl.inline_asm_elementwise(
+    return memory, shared_address()
+
+
+@gluon.jit
+def shared_address():
+    """Return where Triton's symbol for all of a program's shared memory lies."""
+    return gl.inline_asm_elementwise(
         "mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1
     )  # fmt: skip
-    return memory, address
 
 
 @gluon.jit

@@ -26,14 +26,12 @@ Synchronization"; PTX ISA, griddepcontrol, mma.m16n8k16. RMSNorm: arXiv 1910.074
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fastgen.kernels.fragments import barrier, commit, halves, lanes, statement
+from fastgen.kernels.fragments import arrived, barrier, commit, halves, lanes, load_four, statement
 from fastgen.kernels.ring import (
-    arrived,
     copy_two_rows,
     fma,
-    load_four,
+    load_words,
     mma,
-    read_four,
     release,
     ring_memory,
     write_four,
@@ -120,7 +118,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
             if not BF16:
                 for unit in range(UNITS):
                     all_values, _ = load_unit(x, norm, g, unit * (64 * WARPS) + own, tokens, K, SETS, WARPS)
-                    squares = add_squares(squares, all_values, unit * (64 * WARPS) + own, K, SETS, BF16)
+                    squares = add_squares(squares, all_values, SETS, BF16)
                 powers = powers_below(squares, K, eps, ALONE, WARPS)
         ahead, ahead_gains = load_unit(x, norm, g, own, tokens, K, SETS, WARPS)
     pair = gl.arange(0, 64, gl.SliceLayout(1, PAIR))
@@ -140,9 +138,9 @@ def stream_product(  # noqa: PLR0912, PLR0915
             arrived(DEPTH - 1)
             rows = ()
             for i in gl.static_range(4 * R):
-                rows += (read_four(ring + slot + i * 512),)
+                rows += (load_four(ring + slot, i * 512),)
             if ALONE:
-                values = (read_four(x_at + unit * (128 * WARPS)), read_four(x_at + unit * (128 * WARPS) + 64))
+                values = (load_four(x_at + unit * (128 * WARPS), 0), load_four(x_at + unit * (128 * WARPS), 64))
             else:
                 values, unit_gains = ahead, ahead_gains
                 following = gl.where(unit == UNITS - 1, 0, unit + 1) * (64 * WARPS) + own
@@ -150,7 +148,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
                 if norm is not None:
                     if BF16:
                         if block == 0:
-                            squares = add_squares(squares, values, unit * (64 * WARPS) + own, K, SETS, BF16)
+                            squares = add_squares(squares, values, SETS, BF16)
                     values = scaled_unit(values, unit_gains, powers, SETS, BF16)
             totals = add_unit(totals, rows, values, R, COLUMNS, BF16)
             copy_unit(weight, ring + slot, next_first, next_unit * (64 * WARPS) + own, g, end, n, K, R, PAIRED)
@@ -220,10 +218,10 @@ def load_eight(row, at, K: gl.constexpr, MASKED: gl.constexpr):
     """Return a lane's eight values of a row [K] as four words, zeros behind it."""
     if MASKED:
         here = at < K
-        v = load_four(row + gl.where(here, at, 0))
+        v = load_words(row + gl.where(here, at, 0))
         return (gl.where(here, v[0], 0), gl.where(here, v[1], 0), gl.where(here, v[2], 0), gl.where(here, v[3], 0))
     else:
-        return load_four(row + at)
+        return load_words(row + at)
 
 
 @gluon.jit
@@ -295,7 +293,7 @@ def square_sum(v, BF16: gl.constexpr):
 
 
 @gluon.jit
-def add_squares(squares, words, k, K: gl.constexpr, SETS: gl.constexpr, BF16: gl.constexpr):
+def add_squares(squares, words, SETS: gl.constexpr, BF16: gl.constexpr):
     """Return a lane's sums of squares for each set plus those of a unit; `load_eight` gave zeros behind K."""
     new = ()
     for b in gl.static_range(SETS):

@@ -12,6 +12,8 @@ Gluon is Triton with explicit layouts. Sources: PTX ISA, cp.async, cp.async.wait
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fastgen.kernels.fragments import shared_address
+
 MMA = (
     "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
     "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
@@ -34,10 +36,7 @@ def ring_memory(LINES: gl.constexpr):
     memory (a test looks at where the rest lies).
     """
     memory = gl.allocate_shared_memory(gl.uint32, [LINES, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    address = gl.inline_asm_elementwise(
-        "mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1
-    )  # fmt: skip
-    return memory, address
+    return memory, shared_address()
 
 
 @gluon.jit
@@ -59,23 +58,6 @@ def copy_two_rows(to, first, second, sizes):
 
 
 @gluon.jit
-def arrived(AHEAD: gl.constexpr):
-    """Wait until all of the lane's groups but the newest AHEAD are there."""
-    gl.inline_asm_elementwise(
-        f"cp.async.wait_group {AHEAD}; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def read_four(address):
-    """Return four words of shared memory."""
-    return gl.inline_asm_elementwise(
-        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [address],
-        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def write_four(address, words):
     """Store four words in shared memory."""
     gl.inline_asm_elementwise(
@@ -85,7 +67,7 @@ def write_four(address, words):
 
 
 @gluon.jit
-def load_four(pointer):
+def load_words(pointer):
     """Return four words of global memory, in its place behind a wait for the kernel that wrote them."""
     return gl.inline_asm_elementwise(
         "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [pointer],

@@ -6,12 +6,10 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fastgen.kernels.fragments import barrier, commit, lanes, statement
+from fastgen.kernels.fragments import arrived, barrier, commit, lanes, load_four, statement
 from fastgen.kernels.ring import (
-    arrived,
     copy_two_rows,
-    load_four,
-    read_four,
+    load_words,
     release,
     ring_memory,
 )
@@ -59,7 +57,7 @@ def ring_kernel(x, out, COPY: gl.constexpr, WAIT: gl.constexpr, MEET: gl.constex
         arrived(0)
     if MEET:
         barrier()
-    words = read_four(address + warp * 2048 + (lane ^ OTHER) * 16)
+    words = load_four(address + warp * 2048 + (lane ^ OTHER) * 16, 0)
     gl.store(out + warp * 32 + lane, words[0].to(gl.int32))
     barrier()
     release(memory, 2)
@@ -71,7 +69,7 @@ def rows_kernel(x, out, STRIDE: gl.constexpr):
     at = (
         gl.arange(0, 2, gl.SliceLayout(1, lanes(2)))[:, None] * 32 + gl.arange(0, 32, gl.SliceLayout(0, lanes(2)))[None]
     )
-    gl.store(out + at, load_four(x + at * STRIDE)[0].to(gl.int32))
+    gl.store(out + at, load_words(x + at * STRIDE)[0].to(gl.int32))
 
 
 @gluon.jit
