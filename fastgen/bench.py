@@ -4,6 +4,7 @@ Prints a table; `--json` adds the records as the last line, `--output` writes th
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(config)
     if config.stages:
         return _time_stages(config)
+    from fastgen.benchmark import to_json
+
     records: list[Record] = []
     status, phases = 0, cli.Phases()
     try:
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in config.shape or (config.model,):
                 for row in _measure(config, name, phases):
                     records.append(row)
-                    _write(config, records)  # what comes next may be killed
+                    _write(config, {"records": to_json(records)})  # what comes next may be killed
     except KeyboardInterrupt:
         status = INTERRUPTED
     _show(config, records)
@@ -122,51 +125,53 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
 
 
 def _time_stages(config: BenchConfig) -> int:
-    """Print the tables of `fastgen.stage_times`, and write them with --output."""
+    """Print the tables of `fastgen.stage_times` and `fastgen.step_trace`, and write them with --output."""
     from fastgen import session
     from fastgen.device import choose_placement, describe
     from fastgen.kernels.bandwidth import measure_read_bandwidth
     from fastgen.load import use_kernels
     from fastgen.report import versions
-    from fastgen.stage_times import table, time_stages, time_steps, trace_step
 
     ranks, device = session.join_ranks(config)
     if ranks.world > 1 or config.batch > 1:
         raise UsageError("--stages: with one process and --batch 1 only")
-    placement, phases, found = choose_placement(device, config.dtype), cli.Phases(), []
-    limit, filled = measure_read_bandwidth(placement.device), config.prompt_tokens + config.new_tokens // 2
+    placement, phases = choose_placement(device, config.dtype), cli.Phases()
+    limit = measure_read_bandwidth(placement.device)
+    ran = {"device": describe(placement.device), "versions": versions(), "read_limit_gb_per_second": limit}
+    found: list[dict[str, object]] = []
     for name in config.shape or (config.model,):
         model = _load(config, name, placement, ranks, phases)
         use_kernels(model, config.kernels, compile=True)
+        found.append({"model": name, "format": model.format})
         with phases.phase("stages", name):
-            rows = [
-                row
-                for tokens in (1, 8, 16)
-                for row in time_stages(
-                    model, filled=filled, tokens=tokens, limit=limit, peers=tokens == 1 and not model.formats
-                )
-            ]
-            steps = time_steps(model, filled=filled)
-            kernels = trace_step(model, filled=filled) if placement.device.type == "cuda" else []
-        sys.stdout.write(table(f"{name}, {model.format}", rows, steps) + "\n")
-        found.append(
-            {
-                "model": name,
-                "format": model.format,
-                "filled": filled,
-                "stages": [dataclasses.asdict(row) for row in rows],
-                "step_us": steps,
-                "kernels_of_a_step": kernels,
-            }
-        )
-    ran = {"device": describe(placement.device), "versions": versions(), "read_limit_gb_per_second": limit}
-    document = _document(config, []) | ran | {"records": found}
-    if config.output:
-        with staged_file(Path(config.output)) as staging:
-            staging.write_text(json.dumps(document, indent=1) + "\n")
+            for part in _stages_of(config, model, limit):
+                found[-1] |= part
+                _write(config, ran | {"records": found})  # what comes next may be killed
     if config.json:
-        sys.stdout.write(json.dumps(document) + "\n")
+        sys.stdout.write(json.dumps(_document(config, ran | {"records": found})) + "\n")
     return 0
+
+
+def _stages_of(config: BenchConfig, model: "LoadedModel", limit: float) -> Iterator[dict[str, object]]:
+    """Yield the parts of a model's record, and print them."""
+    from fastgen.stage_times import steps_line, table, time_stages, time_steps
+
+    filled = config.prompt_tokens + config.new_tokens // 2
+    steps = time_steps(model, filled=filled)
+    sys.stdout.write(f"{model.format}: {steps_line(steps)}\n")
+    yield {"filled": filled, "step_us": steps}
+    timed = functools.partial(time_stages, model, filled=filled, limit=limit)
+    rows = [row for tokens in (1, 8, 16) for row in timed(tokens=tokens, peers=False)]
+    sys.stdout.write(table(rows) + "\n")
+    yield {"stages": [dataclasses.asdict(row) for row in rows]}
+    if model.placement.device.type == "cuda":
+        from fastgen.step_trace import trace_step
+
+        yield {"trace": trace_step(model, filled=filled)}
+    if not model.formats:
+        peers = timed(tokens=1, peers=True)
+        sys.stdout.write(table(peers) + "\n")
+        yield {"stages_beside_pytorch": [dataclasses.asdict(row) for row in peers]}
 
 
 def _load(config: BenchConfig, name: str, placement: "Placement", ranks: "Ranks", phases: cli.Phases) -> "LoadedModel":
@@ -182,30 +187,24 @@ def _load(config: BenchConfig, name: str, placement: "Placement", ranks: "Ranks"
     return model
 
 
-def _document(config: BenchConfig, records: list["Record"]) -> dict[str, object]:
-    from fastgen.benchmark import to_json
+def _document(config: BenchConfig, found: dict[str, object]) -> dict[str, object]:
     from fastgen.report import SCHEMA_VERSION
 
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "command": PROG,
-        "config": dataclasses.asdict(config),
-        "records": to_json(records),
-    }
+    return {"schema_version": SCHEMA_VERSION, "command": PROG, "config": dataclasses.asdict(config)} | found
 
 
-def _write(config: BenchConfig, records: list["Record"]) -> None:
+def _write(config: BenchConfig, found: dict[str, object]) -> None:
     if config.output and process_watch().place.leads:
         with staged_file(Path(config.output)) as staging:
-            staging.write_text(json.dumps(_document(config, records), indent=1) + "\n")
+            staging.write_text(json.dumps(_document(config, found), indent=1) + "\n")
 
 
 def _show(config: BenchConfig, records: list["Record"]) -> None:
-    from fastgen.benchmark import table
+    from fastgen.benchmark import table, to_json
 
     sys.stdout.write(table(records) + "\n")
     if config.json:
-        sys.stdout.write(json.dumps(_document(config, records)) + "\n")
+        sys.stdout.write(json.dumps(_document(config, {"records": to_json(records)})) + "\n")
 
 
 if __name__ == "__main__":

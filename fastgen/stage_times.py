@@ -1,14 +1,16 @@
 """Where a decode step's time goes: every stage alone, beside its bytes and its limit, and whole steps by their width.
 
 A stage is timed as a chain over all of a model's layers, so that its weights come from memory and not from a cache: on
-CUDA as the replay of a graph, as in decoding. The sum over the stages need not be the step: kernels overlap.
+CUDA as the replay of a graph, as in decoding. (Keys and values of a short text may stay in the cache.) Kernels overlap,
+so the stages' sum is not the step: what a stage costs there is how much shorter the step is without it.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from fastgen.kernels import reference
 from fastgen.kernels.reference import Step
 from fastgen.load import LoadedModel
-from fastgen.model import tensor_bytes
+from fastgen.model import Stages, tensor_bytes
 from fastgen.report import aligned
 
 REPLAYS = 20
@@ -25,6 +27,14 @@ WIDTHS = (1, 2, 4, 8, 16)
 
 Call = Callable[[Any, Any], Tensor]
 """A stage of a namespace of stages, on one `fastgen.model.Block`."""
+
+
+class _Stage(NamedTuple):
+    """How a stage is called, the bytes that a call must read, and something of its output's shape."""
+
+    call: Call
+    bytes: int
+    output: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,7 @@ class StageTime:
     calls: int  # in a step
     bytes: int
     us: float
+    us_in_step: float  # by which a step without this stage is shorter
     tb_per_second: float
     share_of_limit: float
     eager_us: float | None
@@ -51,19 +62,22 @@ def time_stages(model: LoadedModel, *, filled: int, tokens: int, limit: float, p
     transformer = model.transformer
     transformer.allocate_cache(1, filled + tokens)
     layers, found = list(transformer.layers), []
-    for stage, (call, size) in _stages(model, filled, tokens).items():
-        chain = layers if stage != "greedy_head" else layers[:1] * HEADS
-        us = 1e6 / len(chain) * _seconds(model, lambda: [call(transformer.stages, block) for block in chain])  # noqa: B023
-        eager_us, compiled_us = _peers(model, call, chain) if peers else (None, None)
+    timed = _stages(model, filled, tokens)
+    whole = _step_without(model, timed, None, filled, tokens)
+    for name, stage in timed.items():
+        chain, calls = (layers[:1] * HEADS, 1) if name == "greedy_head" else (layers, len(layers))
+        us = 1e6 / len(chain) * _seconds(model, lambda: [stage.call(transformer.stages, block) for block in chain])  # noqa: B023
+        eager_us, compiled_us = _peers(model, stage.call, chain) if peers else (None, None)
         found.append(
             StageTime(
-                stage=stage,
+                stage=name,
                 tokens=tokens,
-                calls=len(layers) if stage != "greedy_head" else 1,
-                bytes=size,
+                calls=calls,
+                bytes=stage.bytes,
                 us=us,
-                tb_per_second=size / us / 1e6,
-                share_of_limit=size / us / 1e3 / limit,
+                us_in_step=1e6 / calls * (whole - _step_without(model, timed, name, filled, tokens)),
+                tb_per_second=stage.bytes / us / 1e6,
+                share_of_limit=stage.bytes / us / 1e3 / limit,
                 eager_us=eager_us,
                 compiled_us=compiled_us,
             )
@@ -73,18 +87,40 @@ def time_stages(model: LoadedModel, *, filled: int, tokens: int, limit: float, p
 
 def _peers(model: LoadedModel, call: Call, chain: list[nn.Module]) -> tuple[float, float]:
     """Return the microseconds of a call of PyTorch's stage, eager and compiled."""
-    compiled = torch.compile(lambda block: call(reference, block), fullgraph=True)
+    # All stages of all models share this function's code, of which PyTorch keeps eight graphs, and sizes that differ
+    # from the last model's would become dynamic.
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda block: call(reference, block), fullgraph=True, dynamic=False)
     eager = _seconds(model, lambda: [call(reference, block) for block in chain])
     return 1e6 / len(chain) * eager, 1e6 / len(chain) * _seconds(model, lambda: [compiled(b) for b in chain])
 
 
-def _stages(model: LoadedModel, filled: int, tokens: int) -> dict[str, tuple[Call, int]]:
-    """Return every stage as a function of a layer, and the bytes that it must read."""
+def _step_without(model: LoadedModel, timed: dict[str, _Stage], name: str | None, filled: int, tokens: int) -> float:
+    """Return the seconds of a step of stages of which one does nothing: its output is there already."""
+    transformer, stages = model.transformer, model.transformer.stages
+    kept = SimpleNamespace(**{each: getattr(stages, each) for each in Stages.__annotations__})
+    if name is not None and name.startswith("linear_add"):
+        skipped = {id(getattr(block, name.split()[1])) for block in transformer.layers}
+        kept.linear_add = lambda x, linear, residual: (
+            residual if id(linear) in skipped else stages.linear_add(x, linear, residual)
+        )
+    elif name is not None:
+        setattr(kept, name, lambda *_, **__: timed[name].output)
+    transformer.stages = kept
+    try:
+        return _seconds(model, _step(model, filled, tokens))
+    finally:
+        transformer.stages = stages
+
+
+def _stages(model: LoadedModel, filled: int, tokens: int) -> dict[str, _Stage]:
+    """Return what can be timed of a step, in its order."""
     config, device, dtype = model.transformer.config, model.placement.device, model.placement.dtype
     x, y, h, qkv = (
         torch.randn(1, tokens, width, device=device).to(dtype)
         for width in (config.dim, config.q_dim, config.hidden_dim, config.q_dim + 2 * config.kv_dim)
     )
+    ids = torch.ones(1, tokens, dtype=torch.int64, device=device)
     positions = torch.arange(filled, filled + tokens, device=device)[None]
     keys, length = torch.arange(filled + tokens, device=device), torch.tensor([filled + tokens], device=device)
     step = Step(positions, keys, reference.rotations(positions, length, model.transformer.rope))
@@ -98,12 +134,16 @@ def _stages(model: LoadedModel, filled: int, tokens: int) -> dict[str, tuple[Cal
         )
 
     return {
-        "norm_linear": (lambda stages, b: stages.norm_linear(x, b.attention_norm, b.wqkv), _bytes(block.wqkv)),
-        "attend": (attend, kv),
-        "linear_add wo": (lambda stages, b: stages.linear_add(y, b.wo, x), _bytes(block.wo)),
-        "norm_swiglu": (lambda stages, b: stages.norm_swiglu(x, b.ffn_norm, b.w_gate_up), _bytes(block.w_gate_up)),
-        "linear_add w_down": (lambda stages, b: stages.linear_add(h, b.w_down, x), _bytes(block.w_down)),
-        "greedy_head": (lambda stages, _: stages.greedy_head(x, norm, lm_head), _bytes(lm_head)),
+        "norm_linear": _Stage(
+            lambda stages, b: stages.norm_linear(x, b.attention_norm, b.wqkv), _bytes(block.wqkv), qkv
+        ),
+        "attend": _Stage(attend, kv, y),
+        "linear_add wo": _Stage(lambda stages, b: stages.linear_add(y, b.wo, x), _bytes(block.wo), x),
+        "norm_swiglu": _Stage(
+            lambda stages, b: stages.norm_swiglu(x, b.ffn_norm, b.w_gate_up), _bytes(block.w_gate_up), h
+        ),
+        "linear_add w_down": _Stage(lambda stages, b: stages.linear_add(h, b.w_down, x), _bytes(block.w_down), x),
+        "greedy_head": _Stage(lambda stages, _: stages.greedy_head(x, norm, lm_head), _bytes(lm_head), ids),
     }
 
 
@@ -121,15 +161,10 @@ def step_seconds(model: LoadedModel, *, filled: int, tokens: int) -> float:
 
 
 @torch.inference_mode()
-def trace_step(model: LoadedModel, *, filled: int) -> list[dict[str, object]]:
-    """Return the kernels of one step on CUDA: name, how often, microseconds together (a profiler slows edges)."""
+def capture_step(model: LoadedModel, *, filled: int) -> torch.cuda.CUDAGraph:
+    """Return the graph of a greedy step of one token behind `filled` on CUDA; the graph before its instance is kept."""
     model.transformer.allocate_cache(1, filled + 1)
-    graph = _capture(_step(model, filled, 1))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        graph.replay()
-        torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
-    return [{"kernel": event.key, "count": event.count, "us": event.device_time_total} for event in events]
+    return _capture(_step(model, filled, 1), keep_graph=True)
 
 
 def _step(model: LoadedModel, filled: int, tokens: int) -> Callable[[], object]:
@@ -166,7 +201,7 @@ def _clocked(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def _capture(function: Callable[[], object], *, keep_graph: bool = False) -> torch.cuda.CUDAGraph:
     """Run a function until it has compiled what it needs, then record it, and replay it once."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -174,7 +209,7 @@ def _capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
         function()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
     with torch.cuda.graph(graph):
         function()
     graph.replay()
@@ -182,9 +217,11 @@ def _capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def table(name: str, rows: list[StageTime], steps: dict[int, float]) -> str:
-    """Return the stages of a step, one line each, then the whole steps."""
-    head = ("stage", "tokens", "calls", "MB", "us", "TB/s", "of limit", "eager us", "compiled us", "us a step")
+def table(rows: list[StageTime]) -> str:
+    """Return stages, one line each."""
+    head = (
+        "stage", "tokens", "calls", "MB", "us", "in a step", "TB/s", "of limit", "eager us", "compiled us", "us a step",
+    )  # fmt: skip
     lines = [
         (
             row.stage,
@@ -192,12 +229,17 @@ def table(name: str, rows: list[StageTime], steps: dict[int, float]) -> str:
             str(row.calls),
             f"{row.bytes / 1e6:.1f}",
             f"{row.us:.2f}",
+            f"{row.us_in_step:.2f}",
             f"{row.tb_per_second:.2f}",
             f"{row.share_of_limit:.0%}",
             *("-" if us is None else f"{us:.2f}" for us in (row.eager_us, row.compiled_us)),
-            f"{row.calls * row.us:.0f}",
+            f"{row.calls * row.us_in_step:.0f}",
         )
         for row in rows
     ]
-    widths = ", ".join(f"{tokens}: {us:.0f} us ({us / steps[1]:.2f}x)" for tokens, us in steps.items())
-    return f"{name}\n{aligned([head, *lines], left=1)}\nsteps of so many tokens: {widths}"
+    return aligned([head, *lines], left=1)
+
+
+def steps_line(steps: dict[int, float]) -> str:
+    """Return the times of whole steps by their width in a line."""
+    return "steps: " + ", ".join(f"{tokens}: {us:.0f} us ({us / steps[1]:.2f}x)" for tokens, us in steps.items())
