@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (r"fastgen\.load",),
     (r"fastgen\.(completion|conversation|graphs|readback|steps|drafters|rounds|pace|engine|naive)",),
     (r"fastgen\.(speculation|tally|speculative|lossless|pairs|training\.\w+)",),
-    (r"fastgen\.(scoring|flags|cli|report|costs|diagnosis|benchmark|baseline|stage_times|step_trace)",),
+    (r"fastgen\.(scoring|flags|cli|report|costs|diagnosis|benchmark|baseline|stage_times|step_trace|fidelity)",),
     (r"fastgen\.(session|model_folder)",),
     (r"fastgen\.(generate|chat|bench|evaluate|train|convert|doctor)", r"quantize\.run"),
 )
