@@ -1,12 +1,14 @@
 """Decode speed, each mode beside its physical limit: `python -m fastgen.bench --shape llama-2-7b`.
 
-Prints a table; `--json` adds the records as the last line, `--output` writes them to a file.
+Prints a table; `--json` adds the records as the last line, `--output` writes them to a file. Several shapes, each in a
+format of its own (`--shape llama-2-7b:int4`), are measured one after another in the same processes.
 """
 
 import dataclasses
 import functools
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from fastgen.benchmark import Record
     from fastgen.device import Placement
     from fastgen.load import LoadedModel
+    from quantize.scheme import Scheme
     from tp.dist import Ranks
 
 PROG = "fastgen.bench"
@@ -37,6 +40,7 @@ class BenchConfig(flags.ModelFlags, flags.ShapeFlags, flags.OutputFlags):
     prompt_tokens: int = flags.flag(5, "length of the prompt (default 5)", type=int, metavar="N")
     new_tokens: int = flags.flag(200, "tokens to decode (default 200)", type=int, metavar="N")
     repeats: int = flags.flag(5, "texts to time, after one that warms up (default 5)", type=int, metavar="N")
+    limit: float | None = flags.flag(None, "begin with no further model after so many seconds", type=float, metavar="S")
     stages: bool = flags.flag(False, "instead of whole texts, time every stage of a step beside PyTorch's")
     output: str | None = flags.flag(None, "write the records to this file as JSON", metavar="FILE")
 
@@ -53,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     status, phases = 0, cli.Phases()
     try:
         with cli.interruptible():
-            for name in config.shape or (config.model,):
-                for row in _measure(config, name, phases):
-                    records.append(row)
-                    _write(config, {"records": to_json(records)})  # what comes next may be killed
+            for row in _measure_all(config, phases):
+                records.append(row)
+                _write(config, {"records": to_json(records)})  # what comes next may be killed
     except KeyboardInterrupt:
         status = INTERRUPTED
     _show(config, records)
@@ -81,10 +84,42 @@ def _check(config: BenchConfig) -> None:
     flags.refuse(config, ["fail_on_recompile"], "the records count recompiles")
     if config.shape:
         flags.refuse(config, ["model", "tokenizer"], "a --shape has random weights")
-    for name in config.shape:
-        shape(name)
+    for name, own in _models(config):
+        if config.shape:
+            shape(name)
+        if own.quant not in (None, *flags.QUANTS):
+            raise UsageError(f"--shape {name}:{own.quant}: expected one of {', '.join(flags.QUANTS)} behind the colon")
     if config.output:
         require_writable(Path(config.output), "--output")
+
+
+def _models(config: BenchConfig) -> list[tuple[str, BenchConfig]]:
+    """Return the models' names, each with its own flags: behind a shape's colon stands its --quant."""
+    if not config.shape:
+        return [(config.model, config)]
+    parts = [text.partition(":") for text in config.shape]
+    return [(name, dataclasses.replace(config, quant=quant) if colon else config) for name, colon, quant in parts]
+
+
+def _measure_all(config: BenchConfig, phases: cli.Phases) -> Iterator["Record"]:
+    """Yield the records of all models that --limit leaves time for."""
+    from fastgen import session
+    from fastgen.benchmark import forget_models
+    from fastgen.shapes import shape
+
+    began, watch = time.monotonic(), process_watch()
+    for name, own in _models(config):
+        if config.shape and (scheme := _scheme(own)):
+            scheme.formats(shape(name))  # raises now what would cost the records of those before
+    if watch.place.world > 1:
+        with phases.phase("join", f"{watch.place.world} ranks"):
+            session.join_ranks(config)
+    for name, own in _models(config):
+        if config.limit is not None and watch.share(time.monotonic() - began > config.limit):
+            phases.note([f"--limit {config.limit:g}: {name} {own.quant or ''} and what follows is left out"])
+            return
+        yield from _measure(own, name, phases)
+        forget_models()
 
 
 def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Record"]:
@@ -95,6 +130,7 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
     from fastgen.device import choose_placement
     from fastgen.kernels.bandwidth import measure_read_bandwidth
     from fastgen.load import use_kernels
+    from fastgen.stage_times import sum_us
 
     ranks, device = session.join_ranks(config)
     if config.baseline and ranks.world > 1:
@@ -108,8 +144,9 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
 
     def row(timing: Timing, system: str, mode: str) -> "Record":
         return record(
-            model, timing, system=system, name=name, mode=mode, batch=config.batch, read_limit=limit, **workload
-        )
+            model, timing, system=system, name=name, mode=mode, batch=config.batch, read_limit=limit,
+            all_reduce_us=sum_us(model, config.batch) if ranks.world > 1 else None, **workload,
+        )  # fmt: skip
 
     for mode in config.modes.split(","):
         with phases.phase(mode, name):
@@ -139,8 +176,8 @@ def _time_stages(config: BenchConfig) -> int:
     limit = measure_read_bandwidth(placement.device)
     ran = {"device": describe(placement.device), "versions": versions(), "read_limit_gb_per_second": limit}
     found: list[dict[str, object]] = []
-    for name in config.shape or (config.model,):
-        model = _load(config, name, placement, ranks, phases)
+    for name, own in _models(config):
+        model = _load(own, name, placement, ranks, phases)
         use_kernels(model, config.kernels, compile=True)
         found.append({"model": name, "format": model.format})
         with phases.phase("stages", name):
@@ -176,15 +213,22 @@ def _stages_of(config: BenchConfig, model: "LoadedModel", limit: float) -> Itera
 
 def _load(config: BenchConfig, name: str, placement: "Placement", ranks: "Ranks", phases: cli.Phases) -> "LoadedModel":
     from fastgen import session
-    from fastgen.load import make_scheme, random_model
+    from fastgen.load import random_model
     from fastgen.shapes import shape
 
     if not config.shape:
         return session.load(config, phases, name)
     with phases.phase("load", name):
-        scheme = make_scheme(config.quant, group_size=config.group_size, symmetric=config.symmetric, keep=config.keep)
-        model = random_model(shape(name), placement, scheme=scheme, ranks=ranks, check_ranks=config.check_ranks)
+        model = random_model(
+            shape(name), placement, scheme=_scheme(config), ranks=ranks, check_ranks=config.check_ranks
+        )
     return model
+
+
+def _scheme(config: BenchConfig) -> "Scheme | None":
+    from fastgen.load import make_scheme
+
+    return make_scheme(config.quant, group_size=config.group_size, symmetric=config.symmetric, keep=config.keep)
 
 
 def _document(config: BenchConfig, found: dict[str, object]) -> dict[str, object]:

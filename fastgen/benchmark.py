@@ -2,13 +2,17 @@
 
 A record's fields are kept for every later benchmark: `shape` or `model`, `format`, `mode`, `world_size`, `batch`,
 `prompt_tokens`, `new_tokens`, `decode_tokens_per_second`, `ms_per_token` {median, p10, p90}, `weight_bytes`,
-`read_limit_gb_per_second`, `share_of_limit`, `peak_memory_bytes`, `device`, `versions` and its `commit`. Times are
-medians over all steps of all repeats, after a warm-up; a rate is batch / median step.
+`read_limit_gb_per_second`, `share_of_limit`, `peak_memory_bytes`, `all_reduce_us`, `device`, `versions` and its
+`commit`. Times are medians over all steps of all repeats, after a warm-up; a rate is batch / median step. Of several
+ranks bytes, limits and shares are those of the first.
 """
 
+import gc
 import itertools
 import time
 from dataclasses import asdict, dataclass
+
+import torch
 
 from fastgen.completion import GenerationOptions
 from fastgen.device import describe
@@ -41,6 +45,7 @@ class Record:
     read_limit_gb_per_second: float
     share_of_limit: float
     peak_memory_bytes: int | None  # while the row was measured; None for other systems
+    all_reduce_us: float | None  # alone, as a step makes two a layer; None for one rank
     device: str
     versions: dict[str, str | None]
     commit: str | None
@@ -82,9 +87,9 @@ def time_engine(
 
 def record(
     model: LoadedModel, timing: Timing, *, system: str, name: str, mode: str, batch: int, prompt_tokens: int,
-    new_tokens: int, read_limit: float,
+    new_tokens: int, read_limit: float, all_reduce_us: float | None = None,
 ) -> Record:  # fmt: skip
-    """Return the row of a timing; `read_limit` in GB/s comes from the same run."""
+    """Return the row of a timing; `read_limit` in GB/s and `all_reduce_us` come from the same run."""
     step = spread([1e3 * seconds for seconds in timing.steps])
     weights = model.transformer.weight_bytes()
     kv = model.transformer.kv_bytes(prompt_tokens + new_tokens // 2) * batch
@@ -111,10 +116,19 @@ def record(
         read_limit_gb_per_second=read_limit,
         share_of_limit=speed / read_limit,
         peak_memory_bytes=timing.peak_memory,
+        all_reduce_us=all_reduce_us,
         device=describe(model.placement.device),
         versions=ran,
         commit=ran["commit"],
     )
+
+
+def forget_models() -> None:
+    """Give back the memory of models and engines that nobody holds any more, but for compiled graphs and cycles."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def table(records: list[Record]) -> str:

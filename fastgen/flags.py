@@ -12,6 +12,9 @@ from typing import Any
 from fastgen.errors import UsageError
 from fastgen.options import GenerationOptions, SamplingOptions
 
+QUANTS = ("int8", "int4", "q8_0")
+"""What weights can be quantized to."""
+
 
 def flag(default: Any, text: str, *, aliases: Sequence[str] = (), negation: str = "", **argparse_options: Any) -> Any:
     """Declare a flag as a dataclass field.
@@ -78,7 +81,7 @@ class SourceFlags(TokenizerFlags):
 class QuantFlags:
     """In which form its weights are."""
 
-    quant: str | None = flag(None, "quantize the weights at load", choices=("int8", "int4", "q8_0"))
+    quant: str | None = flag(None, "quantize the weights at load", choices=QUANTS)
     group_size: int = flag(128, "int4: weights that share a scale", choices=(32, 64, 128, 256))
     symmetric: bool = flag(False, "int4: without zero points", negation="asymmetric")
     keep: str | None = flag(None, "formats of single weights, as in lm_head=bf16,layers.0=int8", metavar="RULES")
@@ -122,7 +125,8 @@ class ShapeFlags:
 
     shape: tuple[str, ...] = flag(
         (),
-        "a model of a published shape, as llama-3-8b, or for training of dim=256,layers=4,heads=8",
+        "a model of a published shape, as llama-3-8b (to measure: or llama-3-8b:int4), or for training of "
+        "dim=256,layers=4,heads=8",
         action="append",
         metavar="S",
     )

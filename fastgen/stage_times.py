@@ -23,6 +23,7 @@ from fastgen.report import aligned
 
 REPLAYS = 20
 HEADS = 4  # calls of the head in a chain
+SUMS = 64  # over the ranks, in a chain
 WIDTHS = (1, 2, 4, 8, 16)
 
 Call = Callable[[Any, Any], Tensor]
@@ -158,6 +159,21 @@ def step_seconds(model: LoadedModel, *, filled: int, tokens: int) -> float:
     """Return the seconds of a whole greedy step of so many new tokens behind `filled`."""
     model.transformer.allocate_cache(1, filled + tokens)
     return _seconds(model, _step(model, filled, tokens))
+
+
+@torch.inference_mode()
+def sum_us(model: LoadedModel, tokens: int) -> float:
+    """Return the microseconds of a sum over the ranks as a step of `tokens` tokens makes two a layer, each in need of
+    the one before; all ranks call it together."""
+    part = torch.zeros(tokens, 1, model.config.dim, device=model.placement.device)
+
+    def chain() -> Tensor:
+        residual = part.to(model.placement.dtype)
+        for _ in range(SUMS):
+            residual = model.ranks.sum_add(part, residual)
+        return residual
+
+    return 1e6 / SUMS * _seconds(model, chain)
 
 
 @torch.inference_mode()

@@ -1,0 +1,68 @@
+"""`fastgen.bench`: several shapes in one process, each in a format of its own, and none in the memory of the next."""
+
+import gc
+import json
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgen import bench, load, shapes
+from fastgen.errors import UsageError
+
+QUICK = ("--device", "cpu", "--modes", "eager", "--new-tokens", "3", "--repeats", "1")
+
+
+def measured(folder: Path, *flags: str) -> list[dict[str, Any]]:
+    """The records that a run writes."""
+    output = folder / "records.json"
+    assert bench.main([*QUICK, *flags, "--output", str(output)]) == 0
+    return json.loads(output.read_text())["records"]
+
+
+def test_every_shape_has_its_own_format_and_the_memory_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, random_model, left = [], load.random_model, []
+
+    def remembered(*arguments: Any, **options: Any) -> load.LoadedModel:
+        left.append(sum(model() is not None for model in made))
+        model = random_model(*arguments, **options)
+        model.transformer.cycle = [model.transformer]  # as CUDA graphs and what they capture
+        made.append(weakref.ref(model.transformer))
+        return model
+
+    monkeypatch.setattr(load, "random_model", remembered)
+    monkeypatch.setitem(shapes.SHAPES, "small", replace(shapes.SHAPES["stories15m"], n_layers=1, windows=(0,)))
+    gc.disable()  # as if nobody else ever collected
+    try:
+        flags = [word for name in ("small", "small:int8", "small:int4") for word in ("--shape", name)]
+        records = measured(tmp_path, *flags, "--quant", "int4")
+    finally:
+        gc.enable()
+    assert left == [0, 0, 0]
+    assert [record["format"].split(",")[0] for record in records] == ["int4-g32-asym", "int8", "int4-g32-asym"]
+    assert {record["model"] for record in records} == {"small"}
+    assert all(record["all_reduce_us"] is None for record in records)
+
+
+def test_no_model_begins_behind_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = ["--shape", "stories15m", "--shape", "stories15m:int8"]
+    output = tmp_path / "records.json"
+    assert bench.main([*QUICK, *shapes, "--limit", "0", "--output", str(output)]) == 0
+    assert not output.exists() and "stories15m" in capsys.readouterr().err
+
+
+def test_flags_that_one_of_the_shapes_refuses_end_it_before_anything_is_measured(tmp_path: Path) -> None:
+    shapes = ["--shape", "stories15m:int4", "--shape", "stories15m:int8"]
+    with pytest.raises(UsageError, match="only int4 has groups"):
+        bench.main([*QUICK, *shapes, "--group-size", "32", "--output", str(tmp_path / "records.json")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shape", ["stories15m:int5", "stories15m:", "nothing:int4"])
+def test_a_shape_or_a_format_that_is_not_known_ends_it_before_anything_is_measured(shape: str) -> None:
+    with pytest.raises(UsageError, match="expected one of"):
+        bench.main([*QUICK, "--shape", "stories15m", "--shape", shape])
