@@ -1,0 +1,98 @@
+"""The measuring script's own arithmetic and ends: ratios to peers, limits, nothing that lives on."""
+
+import argparse
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts/measure_decode"
+WRITE = "import pathlib, sys; pathlib.Path(sys.argv[2]).write_text('{\"records\": [1]}')"
+PARENT = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path(sys.argv[2]).write_text('{"child": %d}' % child.pid)
+time.sleep(SECONDS)
+"""
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader("measure_decode", str(SCRIPT))
+    found = importlib.util.module_from_spec(importlib.util.spec_from_loader("measure_decode", loader))
+    loader.exec_module(found)
+    return found
+
+
+def lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_a_part_gives_what_it_wrote_and_why_that_is_not_all(script: ModuleType) -> None:
+    written = {"records": [1]}
+    assert script.run([sys.executable, "-c", WRITE], 60) == (written, None)
+    assert script.run([sys.executable, "-c", f"{WRITE}; sys.exit(3)"], 60) == (written, "exit status 3")
+    assert script.run([sys.executable, "-c", "raise SystemExit(2)"], 60) == ({}, "exit status 2")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize(("seconds", "problem"), [(60, "cut after 3 s"), (0, None)])
+def test_nothing_that_a_part_started_lives_on(script: ModuleType, seconds: int, problem: str | None) -> None:
+    found, told = script.run([sys.executable, "-c", PARENT.replace("SECONDS", str(seconds))], 3)
+    assert told == problem
+    deadline = time.monotonic() + 10
+    while lives(found["child"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not lives(found["child"])
+
+
+def test_every_kind_of_weights_is_measured_in_the_order_of_importance(script: ModuleType) -> None:
+    options = argparse.Namespace(
+        quant=["bf16", "int4"],
+        shape=None,
+        parts=list(script.PARTS),
+        text=["t.txt"],
+        model=["stories"],
+        gpt_fast="there",
+    )
+    names = [part.name for part in script.chosen(options)]
+    assert names[:4] == ["texts bf16", "texts int4", "stages bf16", "stages int4"]
+    assert [name for name in names if "gpt-fast int4" in name] == [
+        "gpt-fast int4 llama-2-7b",
+        "gpt-fast int4 llama-3-8b",
+    ]
+    commands = {part.name: part.command for part in script.chosen(options)}
+    assert "llama-2-70b" in commands["texts int4"] and "--quant" not in commands["texts bf16"]
+    options.parts, options.text = ["stages", "accuracy"], None
+    assert [part.name for part in script.chosen(options)] == ["stages bf16", "stages int4"]
+
+
+def test_ratios_stand_beside_peers_of_the_same_model_and_weights(script: ModuleType) -> None:
+    def row(system: str, weights: str, rate: float, model: str = "7b") -> dict[str, object]:
+        return {"system": system, "model": model, "format": weights, "decode_tokens_per_second": rate}
+
+    steps = {"model": "7b", "format": "bf16", "step_us": {"1": 100.0, "8": 112.0}}
+    int4 = "int4-g128-asym, int8"
+    parts = {
+        "texts bf16": {"records": [row("fastgen", "bf16", 300.0), row("fastgen", "bf16", 9.0, "1b")]},
+        "texts int4": {"records": [row("fastgen", int4, 900.0)]},
+        "gpt-fast bf16 7b": {"records": [row("gpt-fast", "bf16", 200.0), row("fastgen", "bf16", 299.0)]},
+        "gpt-fast int4 7b": {"records": [row("gpt-fast", "int4-g128", 300.0), row("fastgen", int4, 1.0)]},
+        "stages bf16": {"records": [steps, {"model": "1b"}]},
+        "start": {},
+    }  # fmt: skip
+    found = script.summary(parts)
+    assert [row["decode_tokens_per_second"] for row in found["records"]] == [300.0, 9.0, 900.0, 200.0, 300.0]
+    assert [(each["format"], each["peer"], each["ratio"]) for each in found["ratios"]] == [
+        ("bf16", "gpt-fast", 1.5), (int4, "gpt-fast", 3.0),
+    ]  # fmt: skip
+    assert found["steps"] == [{"model": "7b", "format": "bf16", "relative_to_one_token": {"1": 1.0, "8": 1.12}}]
