@@ -21,6 +21,11 @@ from torch import Tensor
 from fastgen.graphs import Graphs
 from fastgen.kernels import reference
 from fastgen.load import LoadedModel
+from fastgen.options import SamplingOptions
+from fastgen.stage_times import greedy_rows
+from fastgen.steps import decode_one_token
+from quantize.int4 import Int4Linear
+from quantize.int8 import Int8Linear
 
 
 class Reading(NamedTuple):
@@ -47,6 +52,9 @@ def widened(model: LoadedModel) -> LoadedModel:
     stages = model.transformer.stages  # a module: shared, not copied
     transformer = copy.deepcopy(model.transformer, {id(stages): stages}).float()
     transformer.stages = reference
+    for module in transformer.modules():
+        if isinstance(module, Int4Linear | Int8Linear):
+            module.cpu_product = None  # it may round x to bf16
     return replace(model, transformer=transformer, placement=replace(model.placement, dtype=torch.float32))
 
 
@@ -69,6 +77,28 @@ def read(model: LoadedModel, tokens: Sequence[int], *, chunk: int, width: int, c
             targets = window[at + 1 : at + 1 + chunk]
             losses.append(F.cross_entropy(logits[: len(targets)], targets, reduction="none"))
     return Reading(torch.cat(first), torch.cat(losses), torch.cat(best))
+
+
+@torch.inference_mode()
+def choices(model: LoadedModel, tokens: Sequence[int], *, width: int) -> Tensor:
+    """Return the likeliest token behind each token of a text, [N] int64, by the very step that decodes.
+
+    That step may have kernels of its own, which `read` would not see. The model's cache is replaced.
+    """
+    device, transformer = model.placement.device, model.transformer
+    transformer.allocate_cache(1, width)
+    keys, rows, ids = torch.arange(width, device=device), greedy_rows(device), torch.tensor(tokens, device=device)
+    graphs = Graphs() if device.type == "cuda" else None
+
+    def step() -> Tensor:
+        return decode_one_token(transformer, rows, keys, SamplingOptions(), logprobs=False).token
+
+    found = []
+    for place in range(len(tokens)):
+        rows.token.copy_(ids[place : place + 1])
+        rows.positions.fill_(place % width)
+        found.append(graphs.run("step", step, ()).clone() if graphs else step())
+    return torch.cat(found)
 
 
 class _Steps:

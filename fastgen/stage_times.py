@@ -19,7 +19,9 @@ from fastgen.kernels import reference
 from fastgen.kernels.reference import Step
 from fastgen.load import LoadedModel
 from fastgen.model import Stages, tensor_bytes
+from fastgen.options import SamplingOptions
 from fastgen.report import aligned
+from fastgen.steps import Rows, decode_one_token
 
 REPLAYS = 20
 HEADS = 4  # calls of the head in a chain
@@ -183,11 +185,25 @@ def capture_step(model: LoadedModel, *, filled: int) -> torch.cuda.CUDAGraph:
     return _capture(_step(model, filled, 1), keep_graph=True)
 
 
+def greedy_rows(device: torch.device) -> Rows:
+    """Return the rows of one text that is decoded greedily, its token and position still 0."""
+    nothing = torch.zeros(1, dtype=torch.int64, device=device)
+    return Rows(
+        token=nothing.clone(), positions=nothing.clone(), seed=nothing[0], samples=nothing,
+        knobs=torch.zeros(4, dtype=torch.float64, device=device), seen=nothing[:0], text=nothing[:0],
+    )  # fmt: skip
+
+
 def _step(model: LoadedModel, filled: int, tokens: int) -> Callable[[], object]:
+    """Return a greedy step: of one token the one that decodes, of more what verifies drafts."""
     transformer, device = model.transformer, model.placement.device
+    keys, length = torch.arange(filled + tokens, device=device), torch.tensor([filled + tokens], device=device)
+    if tokens == 1:
+        rows = greedy_rows(device)
+        rows.positions.fill_(filled)
+        return lambda: decode_one_token(transformer, rows, keys, SamplingOptions(), logprobs=False)
     ids = torch.ones(1, tokens, dtype=torch.int64, device=device)
     positions = torch.arange(filled, filled + tokens, device=device)[None]
-    keys, length = torch.arange(filled + tokens, device=device), torch.tensor([filled + tokens], device=device)
     return lambda: transformer.greedy_token(transformer(ids, positions, keys, length))
 
 

@@ -5,11 +5,14 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from fastgen.fidelity import Reading, distance, perplexity_change, read, widened
+from fastgen.fidelity import Reading, choices, distance, perplexity_change, read, widened
 from fastgen.kernels import reference
 from fastgen.scoring import score
-from quantize.int4 import dequantize
+from quantize import int4, int8
+from quantize.int4 import Int4Linear
+from quantize.int8 import Int8Linear
 from quantize.linear import make_linear, quantize_weight
 from quantize.scheme import Scheme
 from tests.models import random_model
@@ -25,6 +28,11 @@ def test_steps_of_any_width_score_a_text_as_whole_windows_do(chunk: int) -> None
     assert found.perplexity == pytest.approx(scored.perplexity, rel=1e-5)
     assert (len(found.logits), len(found.losses), len(found.best)) == (30, scored.tokens, len(TOKENS))
     assert torch.equal(found.best[:30], found.logits.argmax(1))
+
+
+def test_the_step_that_decodes_likes_the_same_tokens() -> None:
+    model = random_model()
+    assert torch.equal(choices(model, TOKENS, width=30), read(model, TOKENS, chunk=16, width=30).best)
 
 
 def test_compiled_steps_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,18 +52,27 @@ def test_a_widened_model_has_the_same_weights_in_fp32() -> None:
     assert 1e-4 < distance(read(narrow, TOKENS, chunk=16, width=64).logits, expected.logits) < 0.1
 
 
-def test_a_widened_quantized_model_keeps_its_integers_and_scales() -> None:
-    model = random_model(dtype="bf16", hidden_dim=64)
-    formats = Scheme(quant="int4", group_size=32, symmetric=False).formats(model.config)
-    for name, weight_format in formats.items():
+@pytest.mark.parametrize("quant", ["int4", "int8"])
+def test_a_widened_quantized_model_keeps_its_integers_and_scales(quant: str) -> None:
+    model, exact = random_model(dtype="bf16", hidden_dim=64), random_model(hidden_dim=64)
+    scheme = Scheme(quant=quant, group_size=32, symmetric=False) if quant == "int4" else Scheme(quant=quant)
+    for name, weight_format in scheme.formats(model.config).items():
         weight = model.transformer.get_submodule(name).weight
         linear = make_linear(weight_format, quantize_weight(name, weight, weight_format), None, torch.bfloat16)
         model.transformer.set_submodule(name, linear)
-    name = "layers.0.wo"
-    narrow, wide = (each.transformer.get_submodule(name) for each in (model, widened(model)))
-    assert wide.weight_scale.dtype == torch.float32
-    parts = [(each.weight_packed, each.weight_scale, each.weight_zero_point) for each in (narrow, wide)]
-    assert torch.equal(*(dequantize(*each, torch.float32) for each in parts))
+    for name, module in exact.transformer.named_modules():
+        narrow = model.transformer.get_submodule(name)
+        if isinstance(narrow, Int4Linear):
+            stored = (narrow.weight_packed, narrow.weight_scale, narrow.weight_zero_point)
+            module.weight = nn.Parameter(int4.dequantize(*stored, torch.float32), requires_grad=False)
+        elif isinstance(narrow, Int8Linear):
+            wide = int8.dequantize(narrow.weight, narrow.weight_scale, torch.float32)
+            module.weight = nn.Parameter(wide, requires_grad=False)
+        elif isinstance(module, nn.RMSNorm | nn.Embedding):
+            module.weight = nn.Parameter(narrow.weight.float(), requires_grad=False)
+    found = read(widened(model), TOKENS, chunk=1, width=64)
+    assert distance(found.logits, read(exact, TOKENS, chunk=1, width=64).logits) < 1e-5
+    assert distance(read(model, TOKENS, chunk=1, width=64).logits, found.logits) > 1e-4
 
 
 def test_a_stage_that_is_slightly_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
