@@ -72,18 +72,20 @@ def test_log_probabilities_are_those_of_the_whole_vocabulary() -> None:
 
 
 def disturb(model: LoadedModel, what: str, rank: int) -> None:
-    """Let one rank find other sums, other logits, or another token."""
+    """Let one rank find other sums, other logits, the same in another order, or another token."""
     stages, vocabulary = model.transformer.stages, model.transformer.vocabulary
     embed, join, check = stages.embed, vocabulary.join, vocabulary.check
     if what == "sums":
         stages.embed = lambda *given: embed(*given) * (1 + 1e-6 * rank)
     elif what == "logits":
         vocabulary.join = lambda logits: join(logits) * (1 + 1e-6 * rank)
+    elif what == "order":
+        vocabulary.join = lambda logits: join(logits).roll(rank, -1)
     else:
         vocabulary.check = lambda token, *given: check(token + rank, *given)
 
 
-@pytest.mark.parametrize("what", ["sums", "logits", "token"])
+@pytest.mark.parametrize("what", ["sums", "logits", "order", "token"])
 def test_ranks_that_differ_are_noticed_by_all(what: str) -> None:
     model = whole(CASES["fp32"])
 
