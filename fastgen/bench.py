@@ -164,6 +164,7 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
 def _time_stages(config: BenchConfig) -> int:
     """Print the tables of `fastgen.stage_times` and `fastgen.step_trace`, and write them with --output."""
     from fastgen import session
+    from fastgen.benchmark import forget_models
     from fastgen.device import choose_placement, describe
     from fastgen.kernels.bandwidth import measure_read_bandwidth
     from fastgen.load import use_kernels
@@ -175,40 +176,52 @@ def _time_stages(config: BenchConfig) -> int:
     placement, phases = choose_placement(device, config.dtype), cli.Phases()
     limit = measure_read_bandwidth(placement.device)
     ran = {"device": describe(placement.device), "versions": versions(), "read_limit_gb_per_second": limit}
-    found: list[dict[str, object]] = []
-    for name, own in _models(config):
-        model = _load(own, name, placement, ranks, phases)
-        use_kernels(model, config.kernels, compile=True)
-        found.append({"model": name, "format": model.format})
-        with phases.phase("stages", name):
-            for part in _stages_of(config, model, limit):
-                found[-1] |= part
-                _write(config, ran | {"records": found})  # what comes next may be killed
+    found: list[dict[str, object]] = [{"model": name} for name, _ in _models(config)]
+    # Traces come last: what a profiler leaves behind must not slow what is timed.
+    works = {"stages": _stages_of} | ({"trace": _trace_of} if placement.device.type == "cuda" else {})
+    for title, work in works.items():
+        for place, (name, own) in enumerate(_models(config)):
+            model = _load(own, name, placement, ranks, phases)
+            use_kernels(model, config.kernels, compile=True)
+            with phases.phase(title, name):
+                for part in work(config, model, limit):
+                    found[place] |= part
+                    _write(config, ran | {"records": found})  # what comes next may be killed
+            del model
+            forget_models()
     if config.json:
         sys.stdout.write(json.dumps(_document(config, ran | {"records": found})) + "\n")
     return 0
 
 
 def _stages_of(config: BenchConfig, model: "LoadedModel", limit: float) -> Iterator[dict[str, object]]:
-    """Yield the parts of a model's record, and print them."""
+    """Yield the parts of a model's record that are times, and print them."""
     from fastgen.stage_times import steps_line, table, time_stages, time_steps
 
-    filled = config.prompt_tokens + config.new_tokens // 2
+    filled = _filled(config)
     steps = time_steps(model, filled=filled)
     sys.stdout.write(f"{model.format}: {steps_line(steps)}\n")
-    yield {"filled": filled, "step_us": steps}
+    yield {"format": model.format, "filled": filled, "step_us": steps}
     timed = functools.partial(time_stages, model, filled=filled, limit=limit)
     rows = [row for tokens in (1, 8, 16) for row in timed(tokens=tokens, peers=False)]
     sys.stdout.write(table(rows) + "\n")
     yield {"stages": [dataclasses.asdict(row) for row in rows]}
-    if model.placement.device.type == "cuda":
-        from fastgen.step_trace import trace_step
-
-        yield {"trace": trace_step(model, filled=filled)}
     if not model.formats:
         peers = timed(tokens=1, peers=True)
         sys.stdout.write(table(peers) + "\n")
         yield {"stages_beside_pytorch": [dataclasses.asdict(row) for row in peers]}
+
+
+def _trace_of(config: BenchConfig, model: "LoadedModel", limit: float) -> Iterator[dict[str, object]]:
+    """Yield the kernels of a model's step."""
+    from fastgen.step_trace import trace_step
+
+    yield {"trace": trace_step(model, filled=_filled(config))}
+
+
+def _filled(config: BenchConfig) -> int:
+    """Return how many positions the middle one of a text's steps has before it."""
+    return config.prompt_tokens + config.new_tokens // 2
 
 
 def _load(config: BenchConfig, name: str, placement: "Placement", ranks: "Ranks", phases: cli.Phases) -> "LoadedModel":
