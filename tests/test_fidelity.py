@@ -9,6 +9,7 @@ from torch import nn
 
 from fastgen.fidelity import Reading, choices, distance, perplexity_change, read, widened
 from fastgen.kernels import reference
+from fastgen.load import use_kernels
 from fastgen.scoring import score
 from quantize import int4, int8
 from quantize.int4 import Int4Linear
@@ -92,3 +93,19 @@ def test_a_change_of_perplexity_is_that_of_the_same_tokens() -> None:
     change, error = perplexity_change(before, after)
     assert change == pytest.approx(after.perplexity / before.perplexity - 1) == pytest.approx(math.expm1(0.2))
     assert error == pytest.approx(0.2 / math.sqrt(3) / 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_on_a_gpu_read_a_text_alike_in_steps_of_any_width() -> None:
+    sizes = {"dim": 64, "head_dim": 16, "hidden_dim": 128}
+    plain, ours = (random_model(device="cuda", dtype="bf16", **sizes) for _ in range(2))
+    use_kernels(ours, "fused", compile=True)
+    among, alone = (read(ours, TOKENS, chunk=chunk, width=64) for chunk in (16, 1))
+    assert torch.equal(among.logits, alone.logits)
+    assert torch.equal(choices(ours, TOKENS, width=64), among.best)
+    exact, compiled = (
+        read(model, TOKENS, chunk=16, width=64, compiled=each)
+        for model, each in ((widened(plain), False), (plain, True))
+    )
+    assert distance(among.logits, exact.logits) <= 2 * distance(compiled.logits, exact.logits)

@@ -9,8 +9,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from fastgen import stage_times
+from fastgen.load import use_kernels
 from fastgen.stage_times import WIDTHS, steps_line, time_stages, time_steps
-from fastgen.step_trace import PROGRAMMATIC, Kernel, describe, edge_types
+from fastgen.step_trace import PROGRAMMATIC, Kernel, describe, edge_types, trace_step
 from tests.models import random_model
 
 
@@ -95,3 +96,17 @@ def test_the_driver_says_which_edges_are_programmatic(monkeypatch: pytest.Monkey
     assert edge_types(1234) == (None if status else [1, 0])
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
     assert edge_types(1234) is None, "a driver before CUDA 12.3"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_a_gpu_is_kernels_whose_edges_let_them_start_early() -> None:
+    model = random_model(device="cuda", dtype="bf16", dim=64, head_dim=16, hidden_dim=128)
+    use_kernels(model, "fused", compile=True)
+    rows = time_stages(model, filled=20, tokens=1, limit=4000.0, peers=True)
+    assert all(row.us > 0 and row.eager_us and row.compiled_us for row in rows)
+    trace = trace_step(model, filled=20)
+    assert trace["count"] > 0
+    assert 0 < trace["span_us"] < 1e5
+    if trace["count"] > 1 and torch.cuda.get_device_capability() >= (9, 0):
+        assert trace["programmatic_edges"] > 0
