@@ -15,6 +15,7 @@ from quantize.format import WeightFormat
 from quantize.linear import dequantize_weight
 from tests.checkpoint_writers import Tensors
 from tests.quantized_writers import (
+    WIDE,
     Matrix,
     quantized_model,
     random_matrix,
@@ -138,6 +139,23 @@ def test_logits_are_those_of_the_dequantized_weights(tmp_path: Path, case: str) 
     assert model.format == (expected or "fp32")
     lost = [name for name in model.checkpoint.notes if "dequantized" in name]
     assert len(lost) == (1 if not expected or case == "compressed-ignored-part" else 0)
+
+
+@pytest.mark.parametrize(
+    "write", [gptq(group_size=128), awq(group_size=128), compressed(group=128)], ids=["gptq", "awq", "compressed"]
+)
+def test_the_last_group_of_a_row_may_be_narrower(tmp_path: Path, write: Write) -> None:
+    """Widths of one and a half, and of two and a half groups: ours are half as wide, and the last scale counts once."""
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 5, "num_key_value_heads": 1}
+    plain, matrices = quantized_model(group=128, sizes=WIDE | sizes)
+    found = []
+    for each in (write, write_dequantized):
+        folder = each(tmp_path / str(len(found)), plain, matrices)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | sizes))
+        found.append(load(folder))
+    assert [model.format for model in found] == ["int4-g64-asym", "fp32"]
+    torch.testing.assert_close(logits(found[0]), logits(found[1]), rtol=0, atol=2e-5)
 
 
 def test_a_quantized_head_stays_quantized(tmp_path: Path) -> None:

@@ -71,11 +71,12 @@ def in_memory(matrix: IntegerMatrix, weight_format: WeightFormat) -> dict[str, L
     """Return the tensors of the quantized linear (`quantize.int8`, `quantize.int4`), integers unchanged."""
     if weight_format == INT8:
         return {"weight": matrix.q, "weight_scale": matrix.scale}
+    assert weight_format.group_size is not None, "int4 weights have groups"
     rows, columns = matrix.q.shape
-    groups = weight_format.groups(columns)
+    groups, times = weight_format.groups(columns), matrix.group_size // weight_format.group_size
     packed = matrix.packed or Computed((rows, columns // int4.PER_WORD), torch.int32, lambda at: _pack(matrix.q, at))
-    tensors = {"weight_packed": packed, "weight_scale": _repeated(matrix.scale, groups)}
-    return tensors if matrix.zero is None else tensors | {"weight_zero_point": _repeated(matrix.zero, groups)}
+    tensors = {"weight_packed": packed, "weight_scale": _repeated(matrix.scale, groups, times)}
+    return tensors if matrix.zero is None else tensors | {"weight_zero_point": _repeated(matrix.zero, groups, times)}
 
 
 def dequantized(matrix: IntegerMatrix) -> LazyTensor:
@@ -125,9 +126,9 @@ def _pack(q: LazyTensor, bounds: Bounds) -> Tensor:
     return int4.pack(q.read((rows, (left * int4.PER_WORD, right * int4.PER_WORD))))
 
 
-def _repeated(values: LazyTensor, groups: int) -> LazyTensor:
-    """Return values of `groups` groups, each several times what the file has for a wider one."""
-    rows, times = values.shape[0], groups // values.shape[1]
+def _repeated(values: LazyTensor, groups: int, times: int) -> LazyTensor:
+    """Return values of `groups` groups, `times` for each that the file has; its last one may be narrower."""
+    rows = values.shape[0]
     if times == 1:
         return values
 
