@@ -294,6 +294,7 @@ HF_CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     "torch file with a record of another's name": (misnamed_record, ("pytorch_model.bin", "data/2", "damaged")),
     "torch file with a record of two sizes": (torch_directory(20, b"\xff" * 4), ("data/1", "of two sizes")),
+    "torch file with an encrypted record": (torch_directory(8, b"\x01\x08"), ("data/1", "encrypted")),
     "torch file with a record that is a folder": (torch_directory(38, b"\x10"), ("data/1", "or a folder")),
     "torch file without its pickle": (
         torch_rezipped(lambda name, content: (name.replace("data.pkl", "other"), content)),

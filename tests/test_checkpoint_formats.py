@@ -264,6 +264,25 @@ def test_torch_views_and_shared_storages_give_their_own_elements(tmp_path: Path)
     assert torch.equal(tensors["layers.1.w_down.weight"][3:9, 5:50], model[transposed][3:9, 5:50])
 
 
+def test_a_part_of_a_torch_tensor_is_read_no_further_than_its_last_element(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, spans, read = make_model(LLAMA), [], RandomAccessFile.read_tensor
+
+    def counted(file: RandomAccessFile, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        spans.append(shape)
+        return read(file, offset, shape, dtype)
+
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = model[name]
+    tensors = open_checkpoint(
+        write_torch(tmp_path / "model", LLAMA, model | {name: weight.t().contiguous().t()})
+    ).tensors
+    monkeypatch.setattr(RandomAccessFile, "read_tensor", counted)
+    assert torch.equal(tensors["layers.0.w_down.weight"][2:5, 10:20], weight[2:5, 10:20])
+    assert spans == [(9 * weight.shape[0] + 3,)], "column by column"
+
+
 def test_torch_records_are_found_by_their_names_not_by_their_order(tmp_path: Path) -> None:
     """Two records of one size that stand in the other's place, as after an archive was packed anew."""
     folder = write_torch(tmp_path / "model", LLAMA, make_model(LLAMA))
