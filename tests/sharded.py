@@ -45,7 +45,9 @@ CASES = {
     "int4 g32": Case(GROUPS, quant="int4"),
     "int4 g32 symmetric": Case(GROUPS, quant="int4", symmetric=True, worlds=(2,)),
     "int4 g128, heads share groups": Case(GROUPS, quant="int4", group_size=128),
-    "int4, groups smaller than any kernel's": Case(SMOLLM2 | {"n_heads": 6, "hidden_dim": 128}, quant="int4"),
+    "int4, groups smaller than any kernel's": Case(
+        SMOLLM2 | {"n_heads": 6, "hidden_dim": 128, "output_bias": True, "mlp_bias": True}, quant="int4"
+    ),
     "one KV head": Case({"n_kv_heads": 1}),
     "9/3 heads": Case(SMOLLM2, worlds=(2, 3, 4, 5, 6)),
     "tied embeddings": Case({"tie_embeddings": True}),

@@ -1,5 +1,7 @@
 """Which rank holds what: nothing is lost or held twice but KV heads, and what is cut keeps its values."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -138,6 +140,12 @@ def test_hidden_units_of_quantized_weights_are_dealt_out_by_what_kernels_take_at
     assert [length(plan.hidden) for plan in plans(config, 4, formats)] == [2688, 2816, 2688, 2816]
     assert [length(plan.hidden) for plan in plans(config, 2, formats)] == [5504, 5504]
     assert [length(plan.hidden) for plan in plans(config, 4)] == [2752] * 4
+
+
+def test_hidden_units_that_are_no_whole_number_of_what_kernels_take_differ_by_a_group_at_most() -> None:
+    config = replace(SHAPES["llama-2-7b"], hidden_dim=11008 + 32)
+    formats = Scheme(quant="int4", group_size=32).formats(config)
+    assert [length(plan.hidden) for plan in plans(config, 4, formats)] == [2752, 2752, 2752, 2784]
 
 
 def test_layers_in_different_groups_are_cut_where_the_widest_end() -> None:

@@ -172,7 +172,6 @@ def join(device: str | None = None, timeout: float = 60.0) -> tuple[Ranks, str |
     limit = timedelta(seconds=timeout)
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        store.set_timeout(limit)
         exchange = functools.partial(_exchange, dist.PrefixStore("fastgen", store), watch.place)
         watch.connect(exchange, host, timeout)
     except (dist.DistError, TimeoutError, ConnectionError) as error:

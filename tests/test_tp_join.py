@@ -1,0 +1,80 @@
+"""Joining the ranks, and what they do together: whose GPU is whose, who waits how long, and what a sum leaves alone."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastgen.errors import UsageError
+from tests.torchrun import ENVIRONMENT, PORT
+from tp.dist import Ranks, choose_device
+from tp.place import Place
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A machine with two GPUs; which of them were made current."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+@pytest.mark.parametrize("device", [None, "cuda"])
+def test_a_rank_takes_the_gpu_of_its_place_on_its_machine(device: str | None, current: list[int]) -> None:
+    assert choose_device(device, Place(rank=3, world=4, local=1)) == "cuda:1"
+    assert current == [1]
+
+
+def test_ranks_on_cpus_choose_no_gpu(current: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_device("cpu", Place(rank=1, world=2, local=1)) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(None, Place(rank=1, world=2, local=1)) == "cpu"
+    assert current == []
+
+
+def test_more_ranks_than_gpus_and_a_gpu_for_all_are_refused(current: list[int]) -> None:
+    with pytest.raises(UsageError, match="started 3 processes or more on a machine with 2 GPU"):
+        choose_device(None, Place(rank=2, world=3, local=2))
+    with pytest.raises(UsageError, match="--device cuda:0: under torchrun every process has a GPU of its own"):
+        choose_device("cuda:0", Place(rank=0, world=2, local=0))
+    assert current == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_others_never_come_says_so(rank: int) -> None:
+    places = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
+    command = [sys.executable, "-c", "from tp.dist import join; join('cpu', 2.0)"]
+    done = subprocess.run(
+        command, env=ENVIRONMENT | places | master, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert f"RankLostError: rank {rank} of 2: the others did not join within 2 s: " in done.stderr
+
+
+@pytest.fixture
+def alone() -> Iterator[Ranks]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks(Place(rank=0, world=1, local=0))
+    dist.destroy_process_group()
+
+
+def test_sums_and_gatherings_leave_what_they_are_given_alone(alone: Ranks) -> None:
+    part, residual = torch.randn(3, 4).T, torch.randn(4, 3, dtype=torch.bfloat16)
+    given = part.clone(), residual.clone()
+    total, added, gathered = alone.sum(part), alone.sum_add(part, residual), alone.gather(part)
+    for found in (total, added, gathered):
+        found.zero_()
+    assert torch.equal(part, given[0]) and torch.equal(residual, given[1])
+
+
+def test_a_sum_on_top_of_a_residual_has_its_dtype(alone: Ranks) -> None:
+    part, residual = torch.randn(2, 3), torch.randn(2, 3, dtype=torch.bfloat16)
+    found = alone.sum_add(part, residual)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, residual + part.bfloat16())
+    assert alone.gather(part.T).shape == (1, 3, 2)
