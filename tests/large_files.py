@@ -88,6 +88,23 @@ def zip_behind_a_hole(root: Path) -> Path:
     return folder
 
 
+def zip64_behind_a_hole(root: Path) -> Path:
+    """A PyTorch file whose directory is said to be 1 GB long where Python looks, and short where its locator points."""
+    folder = write_torch(root / "model", LLAMA, MODEL)
+    path = folder / "pytorch_model.bin"
+    content = bytearray(path.read_bytes())
+    locator = len(content) - 22 - 20  # PKWARE's APPNOTE.TXT, 4.3.14 to 4.3.16
+    record = content[locator - 56 : locator]
+    assert content[locator:][:4] == b"PK\6\7" and record[:4] == b"PK\6\6", "torch.save writes both"
+    struct.pack_into("<Q", content, locator - 56 + 40, 1 << 30)
+    struct.pack_into("<Q", content, locator + 8, 100)
+    with path.open("wb") as file:
+        file.write(content[:100] + record)
+        file.seek(SIZE)
+        file.write(content)
+    return folder
+
+
 def torch_with_a_long_pickle(root: Path) -> Path:
     folder = write_torch(root / "model", LLAMA, {})
     torch.save({"a": "x" * (60 << 20)}, folder / "pytorch_model.bin")
@@ -126,6 +143,7 @@ LARGE_CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     "GGUF arrays of a million": (gguf(counted(b"token_type", 1 << 20)), ("model.gguf",)),
     "a zip directory of 1 GB": (zip_behind_a_hole, ("pytorch_model.bin", "damaged")),
+    "a zip64 directory of 1 GB": (zip64_behind_a_hole, ("pytorch_model.bin", "damaged")),
     "a pickle of 60 MB": (torch_with_a_long_pickle, ("pytorch_model.bin", "too large")),
     "config.json of 80 MB": (long_json("config.json"), ("config.json", "at most")),
     "generation_config.json of 80 MB": (long_json("generation_config.json"), ("generation_config.json", "at most")),

@@ -133,7 +133,8 @@ def _records(file: RandomAccessFile) -> tuple[dict[int, int], range]:
 def _check_directory(file: RandomAccessFile) -> None:
     """Raise for a directory that is longer than any of a checkpoint, before somebody reads it as a whole.
 
-    Python and PyTorch believe different ones of the two sizes that large archives give.
+    Python and PyTorch believe different ones of the two sizes that large archives give, and Python looks for the second
+    in front of its locator, wherever that points.
     """
     start = max(file.size - END.size, 0)
     signature, size = END.unpack(file.read(start, END.size))
@@ -141,7 +142,8 @@ def _check_directory(file: RandomAccessFile) -> None:
     if start >= LOCATOR.size:
         mark, place = LOCATOR.unpack(file.read(start - LOCATOR.size, LOCATOR.size))
         if mark == b"PK\6\7":
-            sizes.append(END64.unpack(file.read(place, END64.size))[1])
+            in_front = place == start - LOCATOR.size - END64.size
+            sizes.append(END64.unpack(file.read(place, END64.size))[1] if in_front else UNKNOWN)
     if signature != b"PK\5\6" or not sizes or max(sizes) > MAX_DIRECTORY:
         raise ModelFileError(f"{file.path}: damaged or truncated zip archive: no directory at its end; fetch it again")
 
