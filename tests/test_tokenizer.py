@@ -174,6 +174,16 @@ def test_user_defined_pieces_are_matched_before_merging(
         assert every[kind].decode(spm.encode(text)) == text
 
 
+def test_a_gguf_vocabulary_may_want_no_space_in_front_of_a_text(
+    every: Mapping[str, Tokenizer], spm: sentencepiece.SentencePieceProcessor
+) -> None:
+    metadata = sentencepiece_as_gguf(spm) | {"tokenizer.ggml.add_space_prefix": False}
+    bare, usual = tokenizer_from_gguf(metadata, Path("bare.gguf")), every["spm.gguf"]
+    for text in filter(None, SAMPLES):
+        assert bare.encode(f" {text}") == usual.encode(text) != bare.encode(text), text
+        assert bare.decode(bare.encode(text, bos=False)) == text
+
+
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
 def test_gguf_byte_level_bpe_gives_the_ids_of_its_source(pre: str) -> None:
     source = tokenizers.Tokenizer.from_str(small_byte_level())
