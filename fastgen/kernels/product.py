@@ -15,8 +15,8 @@ memory never idles, not within a kernel and not between two.
   kernels side by side were slower, because the hardware then spreads them unevenly over the multiprocessors.
 - One token's x lies in shared memory, multiplied by RMSNorm's gains; of several, x and gains are read from the caches
   a unit ahead. RMSNorm's scale multiplies the sums: sum(w g x) / rms(x). fp16 could overflow there, so it multiplies x
-  with the power of two below the scale first, for one more pass over x. Squares are summed in fp64, in which those of
-  16-bit floats are exact, so that their order does not matter.
+  with the power of two below the scale first, for one more pass over x. Squares are summed by eights in one order, and
+  those sums in fp64: what their order changes is lost when the scale is rounded to fp32.
 
 Letters: T tokens, n rows of the output, K width of the input, a multiple of 8; R tiles of 16 rows in a block.
 Sources: programmatic dependent launch, CUDA C++ Programming Guide, "Programmatic Dependent Launch and
@@ -283,13 +283,12 @@ def scaled_unit(values, gains, powers, SETS: gl.constexpr, BF16: gl.constexpr):
 
 @gluon.jit
 def square_sum(v, BF16: gl.constexpr):
-    """Return the sum of the squares of four words of pairs in fp64."""
-    total = gl.zeros_like(v[0]).to(gl.float64)
+    """Return the sum of the squares of four words of pairs, added in their order, as fp64."""
+    total = gl.zeros_like(v[0]).to(gl.float32)
     for j in gl.static_range(4):
         low, high = halves(v[j], BF16)
-        low, high = low.to(gl.float64), high.to(gl.float64)
-        total += low * low + high * high
-    return total
+        total = gl.fma(high, high, gl.fma(low, low, total))
+    return total.to(gl.float64)
 
 
 @gluon.jit
@@ -313,10 +312,10 @@ def rms_scale(squares, K: gl.constexpr, eps, ALONE: gl.constexpr, WARPS: gl.cons
     TOKENS: gl.constexpr = gl.SliceLayout(0, by_token(WARPS))
     if ALONE:
         total = gl.sum(gl.sum(squares, axis=1), axis=0)
-        return gl.zeros([8], gl.float32, TOKENS) + gl.rsqrt((total / K).to(gl.float32) + eps)
+        return gl.zeros([8], gl.float32, TOKENS) + gl.rsqrt((total * (1.0 / K)).to(gl.float32) + eps)
     else:
         total = gl.sum(gl.sum(gl.reshape(squares, [WARPS, 8, 4]), axis=2), axis=0)
-        return gl.convert_layout(gl.rsqrt((total / K).to(gl.float32) + eps), TOKENS)
+        return gl.convert_layout(gl.rsqrt((total * (1.0 / K)).to(gl.float32) + eps), TOKENS)
 
 
 @gluon.jit
