@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fastgen.errors import UsageError
+from tests.rank_threads import on_ranks
 from tests.torchrun import ENVIRONMENT, PORT
 from tp.dist import Ranks, choose_device
 from tp.place import Place
@@ -54,6 +55,12 @@ def test_a_rank_whose_others_never_come_says_so(rank: int) -> None:
         command, env=ENVIRONMENT | places | master, capture_output=True, text=True, check=False, timeout=100
     )
     assert f"RankLostError: rank {rank} of 2: the others did not join within 2 s: " in done.stderr
+
+
+def test_what_is_true_of_one_rank_is_true_of_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    assert on_ranks(3, lambda ranks: ranks.any(ranks.rank == 1)) == [True] * 3
+    assert on_ranks(3, lambda ranks: ranks.any(False)) == [False] * 3
 
 
 @pytest.fixture
