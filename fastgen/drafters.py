@@ -11,6 +11,7 @@ depends on data: its work can be captured in a CUDA graph as it stands. Wrong gu
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -61,10 +62,10 @@ class Drafter(Protocol):
 
 
 class DraftStep(NamedTuple):
-    """One drafted token [B] int64, its place [B] and, with independent noise, its distribution [B, V]."""
+    """One drafted token [B] int64 (where the draft is broken, an invalid one) and, with independent noise, its
+    distribution [B, V]."""
 
     token: Tensor
-    position: Tensor
     probabilities: Tensor | None
 
 
@@ -80,30 +81,31 @@ def draw(
         stream = DRAFT_STREAM if independent else 0
         key = NoiseKey(seed=rows.seed, sample=rows.samples, position=following, stream=stream)
         noisy = scores + gumbel(key, vocab_size)
-    token = best_token(noisy).clamp(min=0)  # a broken draft drafts something; the target decides
+    token = best_token(noisy)
     if options.repetition_penalty != 1.0:
-        seen.scatter_(1, token[:, None], True)
-    return DraftStep(token, following, scores.softmax(-1) if independent else None)
+        seen.scatter_(1, token[:, None].clamp(min=0), True)
+    return DraftStep(token, scores.softmax(-1) if independent else None)
 
 
 def draft_token(
-    model: Transformer, rows: Rows, last: Tensor, position: Tensor, seen: Tensor, keys: Tensor,
+    model: Transformer, rows: Rows, last: Tensor, position: Tensor, following: Tensor, seen: Tensor, keys: Tensor,
     options: SamplingOptions, *, vocab_size: int, overlap: bool, independent: bool,
     draw: Callable[..., DraftStep] = draw,
 ) -> DraftStep:  # fmt: skip
-    """Append tokens `last` [B], which stand at `position` [B], to the draft's cache and draft the ones behind.
+    """Append tokens `last` [B], which stand at `position` [B], to the draft's cache and draft the ones at `following`.
 
     `overlap` appends the tokens before them as well: a round whose drafts all stayed leaves the last of them out of the
     draft's cache, for it was never fed. `seen` [B, V] moves along with the drafts; `draw` is the function of that name,
     compiled.
     """
-    tokens, places, following = last[:, None], position[:, None], position + 1
+    tokens, places = last[:, None], position[:, None]
     if overlap:
         places = torch.cat((places - 1, places), 1)
         tokens = torch.cat((rows.text.gather(1, places[:, :1]), tokens), 1)
+    # A broken draft drafts something; the target decides.
     hidden = model(tokens.clamp(0, model.config.vocab_size - 1), places, keys, following)[:, -1]
     if options.takes_largest and model.vocabulary.is_whole and model.config.vocab_size == vocab_size:
-        return DraftStep(model.greedy_token(hidden).clamp(min=0), following, None)
+        return DraftStep(model.greedy_token(hidden), None)
     return draw(
         model, hidden, rows, following, seen, options, vocab_size=vocab_size, independent=independent
     )  # fmt: skip
@@ -131,13 +133,14 @@ class ModelDrafter:
     def draft(self, rows: Rows, count: int, keys: Tensor, options: SamplingOptions, *, independent: bool) -> Draft:
         """See `Drafter.draft`."""
         seen = rows.seen.clone()
-        last, position, steps = rows.token.clamp(min=0), rows.positions, []
-        for place in range(count):
+        last, steps = rows.token, []
+        places = rows.positions + torch.arange(count + 1, device=seen.device)[:, None]
+        for place, (position, following) in enumerate(pairwise(places)):
             overlap = place == 0 and self.steps is not None
             step = partial(self._step, vocab_size=self._vocab_size, overlap=overlap, independent=independent)
             case = (options, rows.token.shape[0], overlap, independent)
-            steps.append(self._cases.run(case, step, self._model, rows, last, position, seen, keys, options))
-            last, position = steps[-1].token, steps[-1].position
+            steps.append(self._cases.run(case, step, self._model, rows, last, position, following, seen, keys, options))
+            last = steps[-1].token
         tokens = torch.stack([step.token for step in steps], 1)
         if not independent:
             return Draft(tokens, None)

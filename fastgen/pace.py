@@ -1,36 +1,53 @@
 """How many tokens to draft, and by whom: fixed, or chosen before every round by what rounds cost and give.
 
 The choice of `LivePace` is the arm (a drafter and a number of drafts, plain decoding among them) that should give the
-most tokens a second. Costs are measured beforehand and followed as rounds are timed; acceptance is counted for every
-drafter and place, and forgotten with time, so that a drafter that failed is tried again: with the fewest drafts that
-could pay, and with more once the last of these is reached. What such trials may cost is bounded: time lost against
-plain decoding, less what was gained before, stays within `SHARE` of all the time that plain decoding would have taken.
-So it is never slower by more than a few percent, however adversarial the text.
+most tokens a second. Costs are measured beforehand and followed as rounds are timed, acceptance is counted for every
+drafter and place (`fastgen.prospect`). A drafter is tried with the fewest drafts that could pay, and with more once
+the last of these is reached; one that does not pay rests, longer and longer. What an arm costs is doubted the longer
+it was not timed, so one that was thought too dear is tried some day.
+
+What trials may cost is bounded: time lost against plain decoding, less what was gained before, stays within `SHARE` of
+all the time that plain decoding would have taken. A round may only be begun if the budget covers its whole loss, should
+every draft be refused, on top of those under way, whose results are not known yet; and a draft model's round after
+plain ones costs, besides its own time, that of showing the draft what it has missed. So `auto` is never slower by more
+than a few percent, however adversarial the text.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from fastgen.prospect import Prospect
+
 SHARE = 0.015
-"""Time that trials may lose, as a share of plain decoding's."""
+"""Time that trials may lose, as a share of plain decoding's; rests see to it that they lose less."""
 
-FREE_LOSS, MOST_GAIN = 1.5, 10.0
-"""In plain steps: what trials may lose from the start, and what gains can be spent on them later."""
+FREE_LOSS, MOST_GAIN = 1.0, 10.0
+"""In plain steps: what trials may lose from the start and have left for a new text, and what gains can be spent on them
+within a text."""
 
-MEMORY = 0.985
-"""What a count is still worth one token later: half after 46 tokens."""
-
-MODEL_HOPE, NGRAM_HOPE = 0.8, 0.5
+MODEL_HOPE, NGRAM_HOPE = 0.8, 0.3
 """Acceptance of a drafter that nothing is known of."""
 
-HOPE_WEIGHT, PLACE_WEIGHT = 2.0, 2.0
-"""As how many drafts a hope counts, and as how many the drafter's overall acceptance counts at a single place."""
+STAY = 4
+"""Rounds that a draft model is expected to go on for, and so to share what showing it the text costs."""
 
-LATELY = 0.5
-"""A count that stands for once within the time in which it halves."""
+FOLLOWING, OUTLIER, DISASTER = 0.05, 1.5, 3.0
+"""Weight of a new timing in a cost (the first ones weigh more), and how far from it, as a factor, a timing is still
+believed; how far it is counted as a loss."""
 
-FOLLOWING, OUTLIER = 0.1, 3.0
-"""Weight of a new timing in a cost, and how far from it, as a factor, a timing is still believed."""
+CLEAR, STALE = 1.25, 256.0
+"""How much faster than plain decoding an arm must seem that goes on for long without a timing of plain steps, and for
+how many tokens others do."""
+
+WORTH = 1.02
+"""How much faster than plain decoding a drafter must seem to be tried."""
+
+CERTAIN = 3
+"""Timings after which an arm's cost is no guess."""
+
+DOUBT, DOUBTING, SLOWLY_DOUBTING = 0.8, 64, 1024
+"""What is believed of an arm's cost after how many tokens without a timing: while it is a guess, and later."""
 
 
 class Arm(NamedTuple):
@@ -43,16 +60,48 @@ class Arm(NamedTuple):
 PLAIN = Arm(0, 0)
 
 
+class Spent(NamedTuple):
+    """What a round took, in seconds: all of it, and thereof showing a draft model the chunks of text (by their widths)
+    that it had missed."""
+
+    seconds: float
+    showing: float = 0.0
+    missed: Sequence[int] = ()
+
+
+def cheapest_chunks(start: int, end: int, limit: int, seconds: Mapping[int, float]) -> list[tuple[int, int]]:
+    """Return chunks (start, width) that cover the places start .. end - 1, none of which reaches behind `limit`.
+
+    `seconds` says what a chunk costs by its width; the last one may be padded, and a wide padded one may be cheaper
+    than several narrow ones.
+    """
+    found = []
+    while start < end:
+        fitting = [width for width in seconds if start + width <= limit]
+        width = min(fitting, key=lambda width: seconds[width] / min(width, end - start))
+        found.append((start, width))
+        start += width
+    return found
+
+
 class Pace(Protocol):
     """Chooses arms; `arms` are all that it may choose."""
 
     arms: Sequence[Arm]
 
-    def choose(self) -> Arm:
-        """Return what to do next."""
+    def begin(self) -> None:
+        """Know that a new text begins; rounds that were under way are not recorded any more."""
         ...
 
-    def record(self, arm: Arm, seconds: float, tokens: Sequence[int]) -> None:
+    def choose(self, missed: Sequence[int]) -> Arm:
+        """Return what to do next; before it drafts, a draft model would have to be shown chunks of these widths."""
+        ...
+
+    def queue(self, arm: Arm, missed: Sequence[int]) -> None:
+        """Know that a round was begun; rounds are recorded in the same order."""
+        ...
+
+    def record(self, arm: Arm, spent: Spent, tokens: Sequence[int]) -> None:
         """Learn from a round that took so long and gave each row so many tokens."""
         ...
 
@@ -63,95 +112,136 @@ class FixedPace:
     def __init__(self, arm: Arm) -> None:
         self.arms: Sequence[Arm] = (arm,)
 
-    def choose(self) -> Arm:
+    def begin(self) -> None:
+        """Nothing changes."""
+
+    def choose(self, missed: Sequence[int]) -> Arm:
         """Return the arm."""
         return self.arms[0]
 
-    def record(self, arm: Arm, seconds: float, tokens: Sequence[int]) -> None:
+    def queue(self, arm: Arm, missed: Sequence[int]) -> None:
+        """Know nothing."""
+
+    def record(self, arm: Arm, spent: Spent, tokens: Sequence[int]) -> None:
         """Learn nothing."""
-
-
-class Acceptance:
-    """What is known of one drafter: at every place, how often a draft was accepted once those before it were."""
-
-    def __init__(self, places: int, hope: float) -> None:
-        self._hope = hope
-        self._tried, self._kept = [0.0] * places, [0.0] * places
-
-    def forget(self, tokens: float) -> None:
-        """Let the counts fade by so many tokens."""
-        fade = MEMORY**tokens
-        self._tried = [count * fade for count in self._tried]
-        self._kept = [count * fade for count in self._kept]
-
-    def record(self, drafted: int, accepted: int) -> None:
-        """Count a round in which `accepted` of `drafted` tokens stayed."""
-        for place in range(min(accepted + 1, drafted)):
-            self._tried[place] += 1
-            self._kept[place] += place < accepted
-
-    def reached(self, place: int) -> bool:
-        """Return whether drafts got as far as this place, 0 the first, lately."""
-        return self._tried[place] > LATELY
-
-    def tokens(self, drafted: int) -> float:
-        """Return how many tokens a round of so many drafts should give."""
-        overall = (sum(self._kept) + self._hope * HOPE_WEIGHT) / (sum(self._tried) + HOPE_WEIGHT)
-        expected, reached = 1.0, 1.0
-        for place in range(drafted):
-            reached *= (self._kept[place] + overall * PLACE_WEIGHT) / (self._tried[place] + PLACE_WEIGHT)
-            expected += reached
-        return expected
 
 
 class LivePace:
     """Chooses the arm that is fastest now; see the module's docstring."""
 
-    def __init__(self, seconds: Mapping[Arm, float], hopes: Mapping[int, float]) -> None:
+    def __init__(
+        self, seconds: Mapping[Arm, float], hopes: Mapping[int, float], showing: Mapping[int, float] | None = None
+    ) -> None:
         """`seconds` are the measured costs of a round of every arm, of a step for `PLAIN`; `hopes` what to expect of
-        every drafter."""
+        every drafter; `showing` what showing the first drafter a chunk of the text costs, by its width."""
         assert PLAIN in seconds, "plain decoding is always a choice"
         self.arms: Sequence[Arm] = tuple(seconds)
-        self._seconds = dict(seconds)
+        self._seconds, self._showing = dict(seconds), dict(showing or {})
+        self._timings = dict.fromkeys(self.arms, 0)
+        self._untimed = dict.fromkeys(self.arms, 0.0)  # tokens since
         most = max(arm.drafts for arm in self.arms)
-        self._acceptance = {drafter: Acceptance(most, hope) for drafter, hope in hopes.items()}
+        self._prospects = {drafter: Prospect(most, hope) for drafter, hope in hopes.items()}
+        self._untimed[PLAIN] = STALE
         self._budget = FREE_LOSS  # in plain steps
+        self._queued: deque[float] = deque()  # what each round that is under way may lose of it
 
-    def choose(self) -> Arm:
+    def begin(self) -> None:
+        """Know that a new text begins."""
+        self._queued.clear()
+        self._budget = min(self._budget, FREE_LOSS)
+
+    def choose(self, missed: Sequence[int]) -> Arm:
         """Return what to do next."""
-        return max((arm for arm in self.arms if self._is_open(arm)), key=self._rate)
+        arm = max((arm for arm in self.arms if self._is_open(arm, missed)), key=lambda arm: self._rate(arm, missed))
+        is_clear = self._rate(arm, missed) > CLEAR * self._rate(PLAIN)
+        return arm if is_clear or self._untimed[PLAIN] < STALE else PLAIN
 
-    def _is_open(self, arm: Arm) -> bool:
+    def queue(self, arm: Arm, missed: Sequence[int]) -> None:
+        """Know that a round was begun."""
+        self._queued.append(self._risk(arm, missed))
+
+    def record(self, arm: Arm, spent: Spent, tokens: Sequence[int]) -> None:
+        """Learn from a round that took so long and gave each row so many tokens; a plain one may hold several steps."""
+        mean = sum(tokens) / len(tokens)
+        self._queued.popleft()
+        for prospect in self._prospects.values():
+            prospect.pass_by(mean)
+        for other in self.arms:
+            self._untimed[other] += mean
+        self._budget = min(self._budget + SHARE * mean, MOST_GAIN)
+        round_seconds = spent.seconds - spent.showing
+        if arm == PLAIN:
+            self._time(arm, round_seconds / mean)
+        else:
+            self._learn_showing(spent)
+            # An interruption of the machine's is the draft's fault in part only.
+            believed = min(round_seconds, DISASTER * self._seconds[arm]) + self._showing_cost(arm, spent.missed)
+            self._time(arm, round_seconds)
+            gain = mean - believed / self._step()
+            self._budget = min(self._budget + gain, MOST_GAIN)
+            self._prospects[arm.drafter].record(arm.drafts, tokens, gain)
+        for drafter, prospect in self._prospects.items():
+            if not prospect.resting and not self._is_promising(drafter):
+                prospect.send_to_rest()
+
+    def _is_open(self, arm: Arm, missed: Sequence[int]) -> bool:
         """Return whether an arm may be chosen: it can be paid for, and fewer drafts, if they pay, were not too many."""
         if arm == PLAIN:
             return True
-        if self._seconds[arm] / self._seconds[PLAIN] - 1 > self._budget:
+        prospect = self._prospects[arm.drafter]
+        if prospect.resting or self._risk(arm, missed) > self._budget - sum(self._queued):
             return False
         fewer = max(
             (other for other in self.arms if PLAIN != other < arm and other.drafter == arm.drafter), default=None
         )
         pays = fewer is not None and self._rate(fewer) > self._rate(PLAIN)
-        return fewer is None or not pays or self._acceptance[arm.drafter].reached(fewer.drafts - 1)
+        return fewer is None or not pays or prospect.acceptance.reached(fewer.drafts - 1)
 
-    def record(self, arm: Arm, seconds: float, tokens: Sequence[int]) -> None:
-        """Learn from a round that took so long and gave each row so many tokens; a plain one may hold several steps."""
-        mean = sum(tokens) / len(tokens)
-        for acceptance in self._acceptance.values():
-            acceptance.forget(mean)
-        self._time(arm, seconds / (mean if arm == PLAIN else 1.0))
-        self._budget = min(self._budget + SHARE * mean, MOST_GAIN)
-        if arm != PLAIN:
-            # At the cost that is believed: an interruption of the machine's is not the draft's fault.
-            self._budget = min(self._budget + mean - self._seconds[arm] / self._seconds[PLAIN], MOST_GAIN)
-            for count in tokens:
-                self._acceptance[arm.drafter].record(arm.drafts, count - 1)
+    def _is_promising(self, drafter: int) -> bool:
+        """Return whether some number of a drafter's drafts should be faster than plain decoding.
+
+        Costs are doubted before a trial only: drafts that are refused are not worth finding out what they cost.
+        """
+        doubting = not self._prospects[drafter].acceptance.reached(0)
+        arms = [arm for arm in self.arms if arm != PLAIN and arm.drafter == drafter]
+        return any(self._rate(arm, doubting=doubting) > WORTH * self._rate(PLAIN) for arm in arms)
+
+    def _risk(self, arm: Arm, missed: Sequence[int]) -> float:
+        """Return the plain steps that are lost if all drafts are refused."""
+        if arm == PLAIN:
+            return 0.0
+        cost = self._seconds[arm] + self._showing_cost(arm, missed)
+        return cost / self._step() - 1
+
+    def _rate(self, arm: Arm, missed: Sequence[int] = (), *, doubting: bool = True) -> float:
+        """Return the tokens a second that the arm should give."""
+        if arm == PLAIN:
+            return 1 / self._step()
+        certain = self._timings[arm] >= CERTAIN
+        doubt = DOUBT ** (self._untimed[arm] / (SLOWLY_DOUBTING if certain else DOUBTING)) if doubting else 1.0
+        seconds = max(self._seconds[arm] * doubt, self._step()) + self._showing_cost(arm, missed) / STAY
+        return self._prospects[arm.drafter].acceptance.tokens(arm.drafts) / seconds
+
+    def _step(self) -> float:
+        """Return the seconds of a plain step: as measured, but no round that was timed since is cheaper."""
+        return min(self._seconds[arm] for arm in self.arms if arm == PLAIN or self._timings[arm] >= CERTAIN)
+
+    def _showing_cost(self, arm: Arm, missed: Sequence[int]) -> float:
+        """Return the seconds that showing the arm's drafter chunks of these widths takes."""
+        return 0.0 if arm == PLAIN or arm.drafter else sum(self._showing.get(width, 0.0) for width in missed)
 
     def _time(self, arm: Arm, seconds: float) -> None:
         """Let an arm's cost follow a timing; a plain step that got slower or faster says the same of every arm."""
+        self._timings[arm] += 1
+        self._untimed[arm] = 0.0
+        weight = max(FOLLOWING, 1 / (self._timings[arm] + 2))
         believed = min(max(seconds / self._seconds[arm], 1 / OUTLIER), OUTLIER)
         for other in self.arms if arm == PLAIN else (arm,):
-            self._seconds[other] *= 1 + FOLLOWING * (believed - 1)
+            self._seconds[other] *= 1 + weight * (believed - 1)
 
-    def _rate(self, arm: Arm) -> float:
-        """Return the tokens a second that the arm should give."""
-        return self._acceptance[arm.drafter].tokens(arm.drafts) / self._seconds[arm]
+    def _learn_showing(self, spent: Spent) -> None:
+        expected = sum(self._showing.get(width, 0.0) for width in spent.missed)
+        if expected:
+            believed = min(max(spent.showing / expected, 1 / OUTLIER), OUTLIER)
+            for width in set(spent.missed):
+                self._showing[width] *= 1 + FOLLOWING * (believed - 1)

@@ -3,10 +3,11 @@
 The target's pass takes each text's last token and its drafts, a row of W tokens at consecutive places, W the smallest
 of `WIDTHS` that holds K + 1; what lies behind the drafts is filling, computed and ignored. Its KV cache then holds
 the drafts that were refused as well, behind the place that the text has reached: a text is rolled back by its
-position alone (`Transformer.allocate_cache`). A round of width 1 is plain decoding.
+position alone (`Transformer.allocate_cache`).
 
 Rows, drafts and limit are static tensors that the work itself moves on, so on CUDA a round is two graph launches,
-drafting and verifying, whatever the texts do, and the host reads nothing in between. Texts of a batch accept each
+drafting and verifying, whatever the texts do, and the host reads nothing in between. Plain decoding is one, of as many
+steps as `fastgen.graphs` puts into one. Texts of a batch accept each
 their own number. As in `fastgen.steps`, where the model's stages are kernels only the choice of sampled tokens is left
 to torch.compile.
 """
@@ -41,11 +42,11 @@ ACCEPT_STREAM = 1
 
 
 class Round(NamedTuple):
-    """What a round gave: tokens int64 [B, W], the first `counts` [B] of a row real, and their log-probabilities
-    fp32 [B, W] where asked for."""
+    """What a round gave: tokens int64 [B, W], the first `counts` [B] of a row real (None: all of them, as of plain
+    steps), and their log-probabilities fp32 [B, W] where asked for."""
 
     tokens: Tensor
-    counts: Tensor
+    counts: Tensor | None
     logprobs: Tensor | None
 
 
@@ -71,19 +72,6 @@ def width_of(count: int) -> int:
 def needs_no_logits(model: Transformer, options: SamplingOptions, *, logprobs: bool) -> bool:
     """Whether all that is asked of the logits is where the largest stands."""
     return options.takes_largest and model.vocabulary.is_whole and not logprobs
-
-
-def decode(
-    model: Transformer, rows: Rows, keys: Tensor, options: SamplingOptions, *, logprobs: bool,
-    choose: Callable[..., Choice] = choose_token,
-) -> Choice:  # fmt: skip
-    """Decode a token of each row and move the rows on to it; `choose` is `choose_token`, compiled."""
-    choice = decode_one_token(model, rows, keys, options, logprobs=logprobs, choose=choose)
-    rows.positions.add_(1)
-    rows.text.scatter_(1, rows.positions[:, None], choice.token[:, None])
-    rows.token.copy_(choice.token)
-    rows.positions.clamp_(max=rows.text.shape[1] - SPARE)
-    return choice
 
 
 def decide(
@@ -146,6 +134,7 @@ def _advance(rows: Rows, done: Round, places: Tensor, options: SamplingOptions) 
     What is written behind it is overwritten by the next round.
     """
     tokens, counts, _ = done
+    assert counts is not None, "a verified round says how many tokens stayed"
     last = tokens.gather(1, counts[:, None] - 1)
     rows.text.scatter_(1, places, tokens)
     if options.repetition_penalty != 1.0:
@@ -181,7 +170,8 @@ class Rounds:
         self.burst = burst_of(model.weight_bytes()) if on_gpu else 1
         self.bounds = [reach] if by_kernels else bounds_below(reach)
         self._positions = torch.arange(reach + SPARE, device=device)
-        self._decode_one: Callable[..., Choice] = decode
+        self._first = torch.zeros((), dtype=torch.int64, device=device)  # where what a drafter is shown begins
+        self._decode_one: Callable[..., Choice] = decode_one_token
         self._choose: Callable[..., Choice] | None = None
         self._verify: Callable[..., Round] = verify
         self._cases = Cases(compiled)
@@ -193,7 +183,7 @@ class Rounds:
             self._choose = compile_step(choose_token)
             self._verify = partial(verify, decide=compile_step(decide))
         elif compiled:
-            self._decode_one, self._verify = compile_step(decode), compile_step(verify)
+            self._decode_one, self._verify = compile_step(decode_one_token), compile_step(verify)
 
     @property
     def rows(self) -> Rows:
@@ -224,6 +214,17 @@ class Rounds:
         work = partial(self._draft, drafter, count, bound, options)
         self._run(("draft", drafter, count, bound, options), work)
 
+    def show(self, drafter: int, start: int, width: int) -> None:
+        """Append the texts' tokens at start .. start + width - 1 to the cache of a drafter that has its own."""
+        steps = self.drafters[drafter].steps
+        assert steps is not None, "who has no cache has missed nothing"
+        if self._graphs and covered_by_kernels(steps.model, len(self.rows.token) * width):
+            self._first.fill_(start)
+            self._run(("show", drafter, width), partial(self._show, steps.model, width))
+        else:
+            tokens = self.rows.text[:, start : start + width].clamp(0, steps.model.config.vocab_size - 1)
+            steps.prefill(tokens, start, self.rows.positions + 1)
+
     def verify(self, width: int, filled: int, options: SamplingOptions, *, logprobs: bool) -> Round:
         """Verify what was drafted for texts of at most `filled` tokens; at width 1, decode `burst` tokens plainly."""
         options, bound = options.structure(), self._bound(filled + max(width, self.burst))
@@ -243,17 +244,32 @@ class Rounds:
         if draft.probabilities is not None:
             probabilities[:, :count] = draft.probabilities
 
+    def _show(self, draft: Transformer, width: int) -> None:
+        places = (self._first + self._positions[:width]).expand(len(self.rows.token), -1)
+        tokens = self.rows.text.gather(1, places).clamp(0, draft.config.vocab_size - 1)
+        draft(tokens, places, self._positions[: self.bounds[-1]], self.rows.positions + 1)
+
     def _decode(self, bound: int, options: SamplingOptions, logprobs: bool) -> Round:
-        """Make `burst` plain steps, as one round of so many tokens."""
-        arguments = (self.model, self.rows, self._keys(bound), options)
+        """Make `burst` plain steps, as one round of so many tokens.
+
+        As in `fastgen.graphs`, a step does nothing but decode: what moves the rows on is done once, for all steps.
+        """
+        rows, keys, steps = self.rows, self._keys(bound), []
+        ahead = torch.arange(1, self.burst + 1, device=rows.positions.device)[:, None]
+        places = (rows.positions + ahead).clamp(max=rows.text.shape[1] - SPARE)
         decode_one = self._decode_one
         if self._choose and not needs_no_logits(self.model, options, logprobs=logprobs):
             decode_one = partial(decode_one, choose=self._choose)
         case = ("plain", options, logprobs)
-        steps = [self._call(case, decode_one, logprobs, arguments) for _ in range(self.burst)]
+        for following in places:
+            steps.append(self._call(case, decode_one, logprobs, (self.model, rows, keys, options)))
+            rows = rows._replace(token=steps[-1].token, positions=following)
         tokens = torch.stack([step.token for step in steps], 1)
+        self.rows.text.scatter_(1, places.T, tokens)
+        self.rows.token.copy_(rows.token)
+        self.rows.positions.copy_(rows.positions)
         given = torch.stack([step.logprob for step in steps if step.logprob is not None], 1) if logprobs else None
-        return Round(tokens, torch.full_like(tokens[:, 0], self.burst), given)
+        return Round(tokens, None, given)
 
     def _verify_drafts(self, width: int, bound: int, options: SamplingOptions, logprobs: bool) -> Round:
         drafts = self._static_drafts()

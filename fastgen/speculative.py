@@ -25,11 +25,11 @@ from fastgen.drafters import NgramDrafter
 from fastgen.engine import Engine, StepTokens
 from fastgen.load import LoadedModel
 from fastgen.options import GenerationOptions, SamplingOptions
-from fastgen.pace import MODEL_HOPE, NGRAM_HOPE, PLAIN, Arm, FixedPace, LivePace, Pace
+from fastgen.pace import MODEL_HOPE, NGRAM_HOPE, PLAIN, Arm, FixedPace, LivePace, Pace, Spent, cheapest_chunks
 from fastgen.readback import Mark, Readback, mark
 from fastgen.rounds import SPARE, WIDTHS, Round, Rounds, width_of
 from fastgen.speculation import AUTO, Speculation, check, make_arms, make_drafters, own_model
-from fastgen.steps import CHUNKS, Choice, Rows, chunks
+from fastgen.steps import CHUNKS, Choice, Rows
 from fastgen.tally import Launch, SpeculationMetrics, Tally
 
 SMALLEST = 40
@@ -65,7 +65,9 @@ class SpeculativeEngine(Engine):
         self.tally = Tally()
         self._drafted = 0  # the draft's cache is filled below this position, as far as each row reaches
         self._behind = False  # whether rounds without the draft have moved the rows on since
+        self._showing: dict[int, float] = {width: width for width in CHUNKS}  # what a chunk costs, by its width
         super().__init__(model, batch=batch, max_seq_len=max_seq_len, compile=compile)
+        self._smallest = min(SMALLEST, self._reach)
         self.drafters = make_drafters(model, speculation, self._reach, batch=batch, compiled=compile)
         self.arms = make_arms(speculation, self.drafters)
         widths = sorted({width_of(arm.drafts) for arm in (*self.arms, PLAIN)})
@@ -114,7 +116,7 @@ class SpeculativeEngine(Engine):
     def _bounds(self) -> list[int]:
         """Return filled lengths whose rounds make every graph that any text needs."""
         if self.device.type != "cuda":
-            return [SMALLEST, SMALLEST + 1]
+            return [self._smallest, self._smallest + 1]
         bounds = self._rounds.bounds
         enough = next((bound for bound in bounds if bound >= self._most_filled() + AHEAD), bounds[-1])
         return [bound - AHEAD for bound in bounds if bound <= enough]
@@ -128,24 +130,48 @@ class SpeculativeEngine(Engine):
         if self.pace:
             return
         seconds: dict[Arm, float] = {}
+        showing: dict[int, float] = {}
         begin = time.perf_counter()
         for turn in range(CALIBRATIONS):
             if turn > 2 and self.model.ranks.share(time.perf_counter() - begin > CALIBRATION_SECONDS):
                 break
             for arm in (*self.arms, PLAIN):
-                self._start(self._idle_rows(SMALLEST, options), options)
-                self._drafted, self._behind = SMALLEST, False
-                synchronize(self.device)
-                start = time.perf_counter()
-                self._launch(arm, SMALLEST + 1, options, None)
-                synchronize(self.device)
-                took = (time.perf_counter() - start) / (self._rounds.burst if arm == PLAIN else 1)
+                took = self._time_round(arm, options) / (self._rounds.burst if arm == PLAIN else 1)
                 seconds[arm] = min(took, seconds.get(arm, took))
+            for width in self._shown_widths():
+                took = self._time_showing(width)
+                showing[width] = min(took, showing.get(width, took))
+        if showing:
+            self._showing = dict(self.model.ranks.share(list(showing.items())))  # all ranks show the same chunks
         ngram = [isinstance(drafter, NgramDrafter) for drafter in self.drafters]
         self.pace = LivePace(
-            seconds, {number: NGRAM_HOPE if found else MODEL_HOPE for number, found in enumerate(ngram)}
+            seconds, {number: NGRAM_HOPE if found else MODEL_HOPE for number, found in enumerate(ngram)}, showing
         )
         self._texts, self._drafted = [], 0
+
+    def _time_round(self, arm: Arm, options: GenerationOptions) -> float:
+        """Return the seconds of a round. On a GPU that is one that was queued while another ran: the launches of the
+        first, which the device waits for, are no cost of those that follow."""
+        self._start(self._idle_rows(self._smallest, options), options)
+        self._drafted, self._behind = self._smallest, False
+        launch: Launch | None = None
+        for _ in range(2 if self.device.type == "cuda" else 1):
+            _, launch = self._launch(arm, self._smallest + AHEAD, options, launch.end if launch else None)
+        assert launch, "something was launched"
+        synchronize(self.device)
+        return launch.start.until(launch.end)
+
+    def _time_showing(self, width: int) -> float:
+        """Return the seconds that it takes to show the draft a chunk of text."""
+        start = mark(self.device)
+        self._rounds.show(0, 0, width)
+        end = mark(self.device)
+        synchronize(self.device)
+        return start.until(end)
+
+    def _shown_widths(self) -> list[int]:
+        """Return widths of chunks by which a draft with a cache of its own catches up."""
+        return [width for width in CHUNKS if width <= self._reach] if self.drafters[0].steps else []
 
     def _rows(
         self, lengths: Tensor, prompts: Sequence[Sequence[int]], samples: Sequence[int], options: SamplingOptions
@@ -161,7 +187,6 @@ class SpeculativeEngine(Engine):
         self._calibrate(options)
         rows, first = super()._begin(prompts, options, samples)
         rows.text.scatter_(1, rows.positions[:, None], first.token[:, None])
-        self._let_draft_follow(rows, max(map(len, prompts)))
         return rows, first
 
     def _reusable(self, prompts: Sequence[Sequence[int]]) -> int:
@@ -170,8 +195,12 @@ class SpeculativeEngine(Engine):
         return shared
 
     def _decode(self, rows: Rows, first: Choice, filled: int, options: GenerationOptions) -> Iterator[StepTokens]:
+        assert self.pace, "there is a pace once there are rounds"
         places = rows.positions.tolist()  # of the last token of each row that the host knows
         self._start(rows, options)
+        self._behind = True
+        self._show_draft(self._missed(filled))
+        self.pace.begin()
         self.tally = Tally()
         self.timings.share_out(1)
         yield StepTokens(first.token.tolist(), first.logprob.tolist() if first.logprob is not None else None)
@@ -179,9 +208,11 @@ class SpeculativeEngine(Engine):
         readback: Readback[Round, Launch] = Readback(self.device)
         previous: Mark | None = None
         while True:
-            arm = self._choose()
-            ahead = sum(launch.tokens for launch in readback.waiting())
-            round_, launch = self._launch(arm, max(places) + ahead + 1, options, previous)
+            filled = max(places) + 1 + sum(launch.tokens for launch in readback.waiting())
+            missed = self._missed(filled - 1)
+            arm = self._choose([width for _, width in missed])
+            round_, launch = self._launch(arm, filled, options, previous)
+            self.pace.queue(arm, launch.missed)
             previous = launch.end
             for done, its_launch in readback.push(round_, launch):
                 counts = self._take(done, its_launch, queues)
@@ -192,40 +223,49 @@ class SpeculativeEngine(Engine):
             self.model.ranks.at("decode")
             self.model.ranks.check_interrupt()
 
-    def _choose(self) -> Arm:
-        """Return what to do next: all ranks do what the first one's clock says."""
+    def _choose(self, missed: Sequence[int]) -> Arm:
+        """Return what to do next, see `Pace.choose`: all ranks do what the first one's clock says."""
         assert self.pace, "there is a pace once there are rounds"
-        arm = self.pace.choose()
+        arm = self.pace.choose(missed)
         return arm if isinstance(self.pace, FixedPace) else Arm(*self.model.ranks.share(arm))
 
     def _start(self, rows: Rows, options: GenerationOptions) -> None:
         sampled = options.sampling.temperature > 0
         self._rounds.start(rows, independent=sampled and self.speculation.accept == "leviathan")
 
-    def _let_draft_follow(self, rows: Rows, reached: int) -> None:
-        """Show a draft with a cache of its own what it has missed, up to the place that texts may have reached."""
-        steps = self.drafters[0].steps
-        if steps:
-            for start, width in chunks(self._drafted, reached):
-                tokens = rows.text[:, start : start + width].clamp(0, steps.model.config.vocab_size - 1)
-                steps.prefill(tokens, start, rows.positions + 1)
+    def _missed(self, reached: int) -> list[tuple[int, int]]:
+        """Return the chunks (start, width) that a draft with a cache of its own has missed, up to the place that texts
+        may have reached."""
+        if not self._behind or not self.drafters[0].steps:
+            return []
+        return cheapest_chunks(self._drafted, reached, self._reach, self._showing)
+
+    def _show_draft(self, missed: Sequence[tuple[int, int]]) -> None:
+        """Show the draft what it has missed."""
+        for start, width in missed:
+            self._rounds.show(0, start, width)
         self._behind = False
 
     def _launch(self, arm: Arm, filled: int, options: GenerationOptions, previous: Mark | None) -> tuple[Round, Launch]:
         """Queue a round for texts of at most `filled` tokens; it counts from the end of the `previous` one on a GPU,
         whose idle time is a cost too."""
         filled = min(filled, self._most_filled())
-        start = previous if previous and previous.device else mark(self.device)
+        start = shown = previous if previous and previous.device else mark(self.device)
+        missed: Sequence[tuple[int, int]] = ()
         if arm == PLAIN or not self.drafters[arm.drafter].steps:
             self._behind = True
         elif self._behind:
-            self._let_draft_follow(self._rounds.rows, filled - 1)
+            missed = self._missed(filled - 1)
+            self._show_draft(missed)
+            shown = mark(self.device)
+        drafted = shown
         if arm.drafts:
             self._rounds.draft(arm.drafter, arm.drafts, filled, options.sampling)
-        drafted = mark(self.device)
+            drafted = mark(self.device)
         width = width_of(arm.drafts)
         done = self._rounds.verify(width, filled, options.sampling, logprobs=options.logprobs)
-        return done, Launch(arm, done.tokens.shape[1], start, drafted, mark(self.device))
+        widths = tuple(width for _, width in missed)
+        return done, Launch(arm, done.tokens.shape[1], widths, start, shown, drafted, mark(self.device))
 
     def _most_filled(self) -> int:
         """Return how many tokens a text can have before it is read and ended."""
@@ -233,15 +273,16 @@ class SpeculativeEngine(Engine):
 
     def _take(self, done: Round, launch: Launch, queues: list["deque[Token]"]) -> list[int]:
         """Put a round's tokens into the rows' queues, learn from it, and return how many each row got."""
-        counts: list[int] = done.counts.tolist()
-        tokens = done.tokens.tolist()
+        tokens: list[list[int]] = done.tokens.tolist()
+        counts = [launch.tokens] * len(tokens) if done.counts is None else done.counts.tolist()
         logprobs = done.logprobs.tolist() if done.logprobs is not None else None
         for row, count in enumerate(counts):
             for at in range(count):
                 drafted = bool(launch.arm.drafts) and at < count - 1
                 queues[row].append(Token(tokens[row][at], logprobs[row][at] if logprobs else None, drafted))
         assert self.pace, "there is a pace once there are rounds"
-        self.pace.record(launch.arm, launch.start.until(launch.end), counts)
+        spent = Spent(launch.start.until(launch.end), launch.start.until(launch.shown), launch.missed)
+        self.pace.record(launch.arm, spent, counts)
         self.tally.record(launch, counts)
         return counts
 

@@ -15,7 +15,9 @@ class Launch(NamedTuple):
 
     arm: Arm
     tokens: int  # at most so many for each row
+    missed: tuple[int, ...]  # widths of the chunks of text that the draft was shown first
     start: Mark
+    shown: Mark
     drafted: Mark
     end: Mark
 
@@ -36,7 +38,7 @@ class Tally:
         self.arms[launch.arm] += 1
         if launch.arm == PLAIN:
             return
-        self.draft_seconds.append(launch.start.until(launch.drafted))
+        self.draft_seconds.append(launch.shown.until(launch.drafted))
         self.verify_seconds.append(launch.drafted.until(launch.end))
         for count in counts:
             self.accepted[count - 1] += 1

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (r"tp\.(place|watch|dist|plan)",),
     (r"tp\.apply",),
     (r"fastgen\.load",),
-    (r"fastgen\.(completion|conversation|graphs|readback|steps|drafters|rounds|pace|engine|naive)",),
+    (r"fastgen\.(completion|conversation|graphs|readback|steps|drafters|rounds|pace|prospect|engine|naive)",),
     (r"fastgen\.(speculation|tally|speculative|lossless|pairs|training\.\w+)",),
     (r"fastgen\.(scoring|flags|cli|report|costs|diagnosis|benchmark|baseline|stage_times|step_trace|fidelity)",),
     (r"fastgen\.(session|model_folder)",),

@@ -2,6 +2,8 @@
 
 import itertools
 import re
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from fastgen.engine import Engine
 from fastgen.errors import CapacityError, UsageError
 from fastgen.load import LoadedModel
 from fastgen.options import GenerationOptions, SamplingOptions
-from fastgen.pace import PLAIN, Arm
+from fastgen.pace import PLAIN, Arm, Spent
 from fastgen.sampling import adjust
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
@@ -91,6 +93,14 @@ def test_a_text_may_fill_the_context_to_its_last_token(target: LoadedModel) -> N
     assert [len(row.tokens) for row in found] == [45, 8]
 
 
+@pytest.mark.parametrize("capacity", [3, 16, 24])
+def test_auto_takes_the_shortest_contexts(target: LoadedModel, capacity: int) -> None:
+    """Costs are measured beforehand with texts that fit."""
+    options = GenerationOptions(max_new_tokens=100, ignore_eos=True)
+    engine = SpeculativeEngine(target, Speculation(draft=random_model()), max_seq_len=capacity)
+    assert texts(engine, [[7, 8]], options) == texts(Engine(target, max_seq_len=capacity), [[7, 8]], options)
+
+
 def test_stop_strings_end_tokens_and_limits_cut_where_they_cut_plain_texts(target: LoadedModel) -> None:
     plain = Engine(target, max_seq_len=CAPACITY)
     engine = SpeculativeEngine(target, Speculation(draft=random_model(), count=7), max_seq_len=CAPACITY)
@@ -127,11 +137,18 @@ def test_a_draft_catches_up_after_rounds_without_it(target: LoadedModel) -> None
         def __init__(self) -> None:
             self.order = itertools.cycle([PLAIN] * 5 + [Arm(0, 3)] * 2)
 
-        def choose(self) -> Arm:
+        def choose(self, missed: Sequence[int]) -> Arm:
+            self.asked.append(list(missed))
             return next(self.order)
 
-        def record(self, *learned: object) -> None:
-            pass
+        def begin(self) -> None:
+            self.asked: list[list[int]] = []
+
+        def queue(self, arm: Arm, missed: Sequence[int]) -> None:
+            assert list(missed) == (self.asked[-1] if arm.drafts else [])
+
+        def record(self, arm: Arm, spent: Spent, tokens: Sequence[int]) -> None:
+            assert (spent.showing > 0) == bool(spent.missed)
 
     engine = SpeculativeEngine(target, Speculation(draft=random_model(), count=3), batch=2, max_seq_len=CAPACITY)
     engine.pace = Turns()
@@ -139,6 +156,7 @@ def test_a_draft_catches_up_after_rounds_without_it(target: LoadedModel) -> None
     found = texts(engine, PROMPTS[:2], options)
     assert found == texts(Engine(target, batch=2, max_seq_len=CAPACITY), PROMPTS[:2], options)
     assert engine.tally.acceptance == 1 and engine.tally.arms[PLAIN] > 5
+    assert [16] * 3 in engine.pace.asked and [] in engine.pace.asked
 
 
 def test_pieces_say_which_tokens_were_drafted(target: LoadedModel) -> None:
@@ -157,6 +175,39 @@ def test_the_tally_adds_up(target: LoadedModel) -> None:
     assert all(tally.tried[place + 1] == tally.kept[place] for place in (1, 2, 3))
     assert 0 < tally.acceptance < 1
     assert len(tally.draft_seconds) == len(tally.verify_seconds) == tally.arms[Arm(0, 4)]
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: object, types: object, arguments: tuple = (), keywords: dict | None = None):
+        self.calls[function.overloadpacket.__name__] += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def test_a_plain_step_under_speculation_is_a_step_of_plain_decoding_and_nothing_else(target: LoadedModel) -> None:
+    """A burst of eight has seven times more operations than a single step, each one of the plain engine's."""
+    plain = Engine(target, max_seq_len=CAPACITY)
+    engine = SpeculativeEngine(target, Speculation(draft="self:1", count=3), max_seq_len=CAPACITY)
+    for one in (plain, engine):
+        one.generate([PROMPTS[1]], GREEDY)
+    with torch.inference_mode(), Counting() as step:
+        plain._steps.decode(60, GREEDY.sampling, logprobs=False)
+    bursts = []
+    for burst in (1, 8):
+        engine._rounds.burst = burst
+        with torch.inference_mode(), Counting() as counting:
+            done, launch = engine._launch(PLAIN, 60, GREEDY, None)
+        assert done.tokens.shape == (1, burst) == (1, launch.tokens) and done.counts is None
+        bursts.append(counting.calls)
+    views = ("select", "unbind", "slice", "unsqueeze", "view", "expand")
+    added = {name: count for name, count in (bursts[1] - bursts[0]).items() if name not in views}
+    expected = {name: 7 * count for name, count in step.calls.items() if name not in views}
+    assert {name: count for name, count in added.items() if count > expected.get(name, 0)} == {}
 
 
 class NoHost(TorchDispatchMode):

@@ -5,6 +5,7 @@ Threads stand for ranks here, but for one run of torchrun over gloo.
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,14 @@ class Whims:
         self.arms = [*arms, PLAIN]
         self.chance = random.Random(rank)
 
-    def choose(self) -> Arm:
+    def choose(self, missed: Sequence[int]) -> Arm:
         return self.chance.choice(self.arms)
+
+    def begin(self) -> None:
+        pass
+
+    def queue(self, arm: Arm, missed: Sequence[int]) -> None:
+        pass
 
     def record(self, *learned: object) -> None:
         pass
