@@ -1,16 +1,23 @@
 """What speculation gains at a known agreement: `scripts/run scripts/bench_speculation.py --shape llama-2-7b`.
 
 The pair is synthetic (`fastgen.pairs`): a target of the shape with random weights, and its first layers as the draft,
-damped by several factors, which gives several agreements. For each, and for every number of drafts:
+damped by several factors, which gives several agreements. Each of `--cases` is what makes one:
+
+    a0.9       an agreement: the factor that gives it is searched for by bisection
+    0.01       a factor; one far above 1 makes the later layers drown what the first have said: nobody guesses that text
+    1@0.3      a factor, and the temperature of a sampled text
+    ngram@1    n-grams in the place of the draft, here on a text that is sampled at random
+
+For each, and for every number of drafts:
 
     a          agreement: the share of drafts that were accepted, of those whose turn came
     v, c       what verifying, and what drafting one token, takes, in steps of plain decoding (medians)
     speed-up   plain decoding's time over speculation's, first token apart, the same tokens
     formula    (1 - a^(K + 1)) / ((1 - a) (v + K c)), what a, v and c promise; `share` is what came of it
 
-`same` says whether the text is plain decoding's, token for token. `auto` has no formula, nor has a CPU. Each of
-`--cases 0.01 1@0.3` is a factor and, behind an @, a temperature; an undamped pair at a low temperature is text that
-nobody guesses. With --model a real target is measured instead of a shape, and whoever --draft names:
+`same` says whether the text is plain decoding's, token for token. `auto` has no formula, nor has a CPU. Records are
+written as they come, and none is begun that would not end within --limit seconds if it took as long as the last. With
+--model a real target is measured instead of a shape, and whoever --draft names:
 
     scripts/bench_speculation.py --model stories --draft stories-draft --rounds 5
     scripts/bench_speculation.py --model smollm2 --draft ngram --prompt "$(cat poem.txt)"
@@ -19,11 +26,13 @@ nobody guesses. With --model a real target is measured instead of a shape, and w
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import torch
 
@@ -36,6 +45,16 @@ from fastgen.report import versions
 from fastgen.shapes import shape
 from fastgen.speculation import AUTO, Speculation
 from fastgen.speculative import SpeculativeEngine
+
+CASES = ["a0.97", "a0.9", "a0.8", "a0.5", "100", "ngram@1"]
+
+PLAIN = "plain"
+
+FACTORS, HALVINGS, CLOSE = (1e-4, 10.0), 9, 0.015
+"""Where a factor is searched for, how often the range is halved, and how close an agreement is close enough."""
+
+SEARCH_COUNT = "4"
+"""Drafts a round while it is searched for."""
 
 Run = tuple[list[int], float]
 """The tokens of a text, and the seconds a token that all but the first took."""
@@ -53,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--layers", type=int, default=2, help="layers of a shape's draft")
-    parser.add_argument("--cases", nargs="+", default=["0.003", "0.01"], metavar="FACTOR[@TEMPERATURE]")
-    parser.add_argument("--speculate", nargs="+", default=["3", "7", "auto"])
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="of a shape: " + " ".join(CASES))
+    parser.add_argument("--speculate", nargs="+", default=["2", "4", "7", "auto"])
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds that all may take")
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3, help="texts a figure is the median of")
     parser.add_argument("--rounds", type=int, default=1, help="times to measure all: a CPU's speed drifts")
@@ -62,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output")
     config = parser.parse_args(argv)
     records: list[dict[str, object]] = []
-    for row in measure(config):
+    for row in within(config.limit, measure(config)):
         records.append(row)
         print(line(row), flush=True)
         if config.output:
@@ -70,30 +90,94 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def within(limit: float, rows: Iterator[dict[str, object]]) -> Iterator[dict[str, object]]:
+    """Yield rows as long as the next would come within so many seconds if it took as long as the last."""
+    start = begin = time.perf_counter()
+    for row in rows:
+        yield row
+        now = time.perf_counter()
+        if 2 * now - begin - start > limit:
+            print(f"ends after {now - start:.0f} s: the next row may take {now - begin:.0f} s", file=sys.stderr)
+            return
+        begin = now
+
+
+class Case(NamedTuple):
+    """What makes a text and how far it can be guessed: a factor, or an agreement whose factor is searched for."""
+
+    draft: str
+    agreement: float | None
+    factor: float
+    temperature: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a case as the command line has it; raises `ValueError` where it is none."""
+        kind, _, temperature = text.partition("@")
+        agreement = float(kind[1:]) if kind.startswith("a") else None
+        factor = 1.0 if kind == "ngram" or agreement is not None else float(kind)
+        return cls("ngram" if kind == "ngram" else "model", agreement, factor, float(temperature or 0))
+
+
+class Pair:
+    """A target, its draft, and engines of both that are warm."""
+
+    def __init__(self, config: argparse.Namespace) -> None:
+        self.config = config
+        self.target, self.draft = load(config)
+        room = len(self.target.tokenizer.encode(config.prompt)) + config.new_tokens + 1
+        self._setting = {"batch": 1, "max_seq_len": room, "compile": not config.no_compile}
+        self._engines: dict[tuple[str, str, bool], Engine] = {}
+        self.damped = 1.0
+
+    def damp(self, factor: float) -> None:
+        """Let the later layers write so many times what they once did."""
+        damp(self.target, layers=self.config.layers, factor=factor / self.damped)
+        self.damped = factor
+
+    def engine(self, draft: str, count: str, options: GenerationOptions) -> Engine:
+        """Return a warm engine; for sampled texts other kernels are compiled, and other costs measured."""
+        kind = (draft, count, options.sampling.temperature > 0)
+        if kind not in self._engines:
+            drafter = "ngram" if draft == "ngram" else self.draft
+            self._engines[kind] = warm_engine(self.target, drafter, count, options, self._setting)
+        return self._engines[kind]
+
+    def search(self, wanted: float, options: GenerationOptions) -> float:
+        """Return a factor that gives this agreement within `CLOSE`, or the closest that was found; it halves the
+        logarithm of a range, for the more the later layers add, the less the two agree."""
+        low, high, found = *FACTORS, (math.inf, 0.0)
+        for _ in range(HALVINGS):
+            factor = math.sqrt(low * high)
+            self.damp(factor)
+            engine = self.engine("model", SEARCH_COUNT, options)
+            texts = engine.tokens(engine.encode([self.config.prompt]), options, samples=[0])
+            for _ in itertools.islice(texts, options.max_new_tokens):
+                pass
+            agreement = engine.tally.acceptance or 0.0
+            found = min(found, (abs(agreement - wanted), factor))
+            if found[0] <= CLOSE:
+                break
+            low, high = (factor, high) if agreement > wanted else (low, factor)
+        return found[1]
+
+
 def measure(config: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Yield one record for every case and number of drafts."""
-    target, draft = load(config)
-    room = len(target.tokenizer.encode(config.prompt)) + config.new_tokens + 1
-    setting = {"batch": 1, "max_seq_len": room, "compile": not config.no_compile}
-    engines: dict[tuple[str, bool], Engine] = {}
-    damped = 1.0
-    for case in config.cases * config.rounds:
-        factor, _, temperature = case.partition("@")
-        sampling = SamplingOptions(temperature=float(temperature or 0))
+    pair = Pair(config)
+    factors: dict[float, float] = {}  # by agreement
+    for case in map(Case.parse, (config.cases or (["1"] if config.model else CASES)) * config.rounds):
+        sampling = SamplingOptions(temperature=case.temperature)
         options = GenerationOptions(max_new_tokens=config.new_tokens, ignore_eos=True, sampling=sampling)
         if config.model is None:
-            damp(target, layers=config.layers, factor=float(factor) / damped)
-            damped = float(factor)
-        expected, step = [], 0.0
-        for count in ("plain", *config.speculate):
-            kind = (count, sampling.temperature > 0)  # other kernels are compiled, and other costs measured
-            if kind not in engines:
-                engines[kind] = warm_engine(target, draft, count, options, setting)
-            found, seconds = timed(engines[kind], options, config)
-            if count == "plain":
-                expected, step = found, seconds
-            else:
-                yield record(config, case, engines[kind], found == expected, step, seconds)
+            if case.agreement is not None and case.agreement not in factors:
+                factors[case.agreement] = pair.search(case.agreement, options)
+            pair.damp(case.factor if case.agreement is None else factors[case.agreement])
+        expected, step = timed(pair.engine("none", PLAIN, options), options, config)
+        for count in config.speculate:
+            engine = pair.engine(case.draft, count, options)
+            found, seconds = timed(engine, options, config)
+            yield record(config, case, pair.damped, engine, found == expected, step, seconds)
 
 
 def warm_engine(
@@ -101,7 +185,7 @@ def warm_engine(
 ) -> Engine:
     """Return an engine that decodes plainly or drafts so many tokens, ready to be timed."""
     began = time.perf_counter()
-    if count == "plain":
+    if count == PLAIN:
         engine = Engine(target, **setting)
     else:
         speculation = Speculation(draft=draft, count=count if count == AUTO else int(count))
@@ -147,21 +231,23 @@ def timed(engine: Engine, options: GenerationOptions, config: argparse.Namespace
 
 
 def record(
-    config: argparse.Namespace, case: str, engine: SpeculativeEngine, same: bool, step: float, seconds: float
-) -> dict[str, object]:
+    config: argparse.Namespace, case: Case, factor: float, engine: SpeculativeEngine, same: bool, step: float,
+    seconds: float,
+) -> dict[str, object]:  # fmt: skip
     """Return one row."""
     tally, count, target = engine.tally, engine.speculation.count, engine.model
-    factor, _, temperature = case.partition("@")
+    first = "ngram" if case.draft == "ngram" else f"first {config.layers} layers"
     row: dict[str, object] = {
         "model": config.model or config.shape,
         "format": target.format,
         "kernels": config.kernels,
         "compiled": engine.compiled,
-        "draft": config.draft if config.model else f"first {config.layers} layers",
-        "factor": None if config.model else float(factor),
+        "draft": config.draft if config.model else first,
+        "factor": None if config.model else factor,
+        "wanted": case.agreement,
         "prompt": config.prompt if config.model else None,
         "drafts": count,
-        "temperature": float(temperature or 0),
+        "temperature": case.temperature,
         "new_tokens": config.new_tokens,
         "same": same,
         "plain_ms": 1e3 * step,
@@ -185,7 +271,7 @@ def record(
 def line(row: dict[str, object]) -> str:
     """Return a record as a line of text."""
     number = {name: value for name, value in row.items() if isinstance(value, float)}
-    words = [f"{name}={row[name]}" for name in ("drafts", "factor", "temperature", "same")]
+    words = [f"{name}={row[name]}" for name in ("draft", "drafts", "factor", "temperature", "same")]
     parts = [f"{row['model']} {row['format']}", *words]
     parts += [f"{name} {value:.3f}" for name, value in number.items() if name not in ("factor", "temperature")]
     return "  ".join([*parts, str(row["arms"])])

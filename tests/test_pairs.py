@@ -1,5 +1,9 @@
 """Synthetic pairs agree as often as they are damped to, whatever the format of the target's weights."""
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +13,7 @@ from fastgen.pairs import damp, first_layers
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
 from quantize.int4 import Int4Linear
+from scripts import bench_speculation
 from tests.models import random_model
 from tests.sharded import CASES, whole
 
@@ -47,3 +52,28 @@ def test_scales_that_are_kept_as_bits_are_damped_as_numbers() -> None:
     damp(target, layers=1, factor=0.5)
     first, second = (block.wo.scales.view(torch.bfloat16).tolist() for block in target.transformer.layers)
     assert first == [1.0, -2.0, 0.5, 3.0] and second == [0.5, -1.0, 0.25, 1.5]
+
+
+def test_the_benchmark_finds_an_agreement_and_writes_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, output = random_model(n_layers=4), tmp_path / "rows.json"
+    monkeypatch.setattr(bench_speculation, "load", lambda config: (target, first_layers(target, 2)))
+    flags = ["--no-compile", "--new-tokens", "60", "--prompt", "abc"]
+    flags += ["--cases", "a0.8", "100", "ngram@1", "--speculate", "2", "auto", "--repeats", "1"]
+    assert bench_speculation.main([*flags, "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["records"]
+    assert [(row["draft"], row["drafts"]) for row in rows[::2]] == [("first 2 layers", 2)] * 2 + [("ngram", 2)]
+    assert all(row["same"] for row in rows)
+    assert 0.5 < rows[0]["agreement"] < 0.95 and rows[0]["wanted"] == 0.8
+    assert rows[2]["agreement"] < 0.2 and rows[4]["agreement"] < 0.2
+
+
+def test_the_benchmark_begins_no_row_that_would_end_too_late() -> None:
+    def rows() -> Iterator[dict[str, object]]:
+        for number in range(9):
+            clock[0] += 10.0
+            yield {"number": number}
+
+    clock = [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.perf_counter", lambda: clock[0])
+        assert len(list(bench_speculation.within(45.0, rows()))) == 4
