@@ -3,9 +3,11 @@
 import argparse
 import importlib.machinery
 import importlib.util
-import os
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +22,13 @@ pathlib.Path(sys.argv[2]).write_text('{"child": %d}' % child.pid)
 time.sleep(SECONDS)
 """
 
+SLEEPER = """
+import os, pathlib, time
+pathlib.Path("pid").write_text(str(os.getpid()))
+os.rename("pid", "part")
+time.sleep(60)
+"""
+
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
@@ -31,10 +40,17 @@ def script() -> ModuleType:
 
 def lives(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def until(happened: Callable[[], object]) -> None:
+    """Wait for something; fail after ten seconds."""
+    deadline = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_part_gives_what_it_wrote_and_why_that_is_not_all(script: ModuleType) -> None:
@@ -42,6 +58,34 @@ def test_a_part_gives_what_it_wrote_and_why_that_is_not_all(script: ModuleType) 
     assert script.run([sys.executable, "-c", WRITE], 60) == (written, None)
     assert script.run([sys.executable, "-c", f"{WRITE}; sys.exit(3)"], 60) == (written, "exit status 3")
     assert script.run([sys.executable, "-c", "raise SystemExit(2)"], 60) == ({}, "exit status 2")
+    half = "import pathlib, sys; pathlib.Path(sys.argv[2]).write_text('{\"records\": [1'); sys.exit(9)"
+    assert script.run([sys.executable, "-c", half], 60) == ({}, "exit status 9"), "as cut while it was written"
+
+
+@pytest.mark.parametrize("flags", [["--output", "there/all.json"], ["--output", "all.json", "--text", "wiki.txt"]])
+def test_a_file_or_a_folder_that_is_not_there_ends_it_before_anything_is_measured(
+    flags: list[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, str(SCRIPT), "--parts", "accuracy", *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.endswith("no such file or folder\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_its_part_without_a_traceback(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "fastgen").mkdir()  # -m looks into the working directory first
+    (tmp_path / "fastgen/__init__.py").touch()
+    (tmp_path / "fastgen/bench.py").write_text(SLEEPER)
+    command = [sys.executable, str(SCRIPT), "--parts", "texts", "--output", "all.json"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as parent:
+        until((tmp_path / "part").exists)
+        parent.send_signal(number)
+        _, said = parent.communicate(timeout=60)
+    assert (parent.returncode, said) == (130, "")
+    part = int((tmp_path / "part").read_text())
+    until(lambda: not lives(part))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -49,10 +93,7 @@ def test_a_part_gives_what_it_wrote_and_why_that_is_not_all(script: ModuleType) 
 def test_nothing_that_a_part_started_lives_on(script: ModuleType, seconds: int, problem: str | None) -> None:
     found, told = script.run([sys.executable, "-c", PARENT.replace("SECONDS", str(seconds))], 3)
     assert told == problem
-    deadline = time.monotonic() + 10
-    while lives(found["child"]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not lives(found["child"])
+    until(lambda: not lives(found["child"]))
 
 
 def test_every_kind_of_weights_is_measured_in_the_order_of_importance(script: ModuleType) -> None:

@@ -86,6 +86,13 @@ def test_ranks_that_cannot_even_start_are_given_up(script: ModuleType, tmp_path:
     assert [case["case"] for case in found["left_out"]] == ["a"]
 
 
+def test_a_folder_that_is_not_there_ends_it_before_anything_is_measured(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "--output", str(tmp_path / "there" / "result.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.endswith("no such folder\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_ranks_of_a_cpu_are_measured_with_their_sums(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     cases = ["--shape", "stories15m:int8", "--shape", "stories15m"]
