@@ -63,6 +63,14 @@ def test_what_is_true_of_one_rank_is_true_of_any(monkeypatch: pytest.MonkeyPatch
     assert on_ranks(3, lambda ranks: ranks.any(False)) == [False] * 3
 
 
+def test_ranks_wait_for_each_other_and_one_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(dist, "barrier", lambda: waited.append(1))
+    for world in (1, 2):
+        Ranks(Place(rank=0, world=world, local=0)).wait()
+    assert len(waited) == 1
+
+
 @pytest.fixture
 def alone() -> Iterator[Ranks]:
     """A process group of one."""
