@@ -128,6 +128,24 @@ def test_a_longer_prompt_goes_on_from_the_caches_of_both_models(target: LoadedMo
     assert found.tokens == texts(Engine(target, max_seq_len=CAPACITY), [prompt], GREEDY)[0]
 
 
+def test_a_prompt_that_parts_from_the_last_text_is_shown_to_the_draft_from_there(target: LoadedModel) -> None:
+    engine = SpeculativeEngine(target, Speculation(draft=random_model(), count=3), max_seq_len=CAPACITY)
+    engine.generate([PROMPTS[1]], GREEDY)
+    engine.generate([[*PROMPTS[1][:20], *text_of(20, 9)]], GREEDY)
+    assert engine.tally.acceptance == 1, "the draft, which is the same model, has forgotten the other text"
+
+
+def test_a_plain_step_is_priced_by_its_share_of_a_burst(target: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SpeculativeEngine(target, Speculation(draft=random_model()), max_seq_len=CAPACITY)
+    engine._rounds.burst = 8
+    monkeypatch.setattr(engine, "_time_round", lambda arm, options: 8.0 if arm == PLAIN else 1.5)
+    monkeypatch.setattr(engine, "_time_showing", lambda width: width / 100)
+    with torch.inference_mode():
+        engine._calibrate(GREEDY)
+    assert engine.pace._seconds == {PLAIN: 1.0} | dict.fromkeys(engine.arms, 1.5)
+    assert engine.pace._showing == engine._showing == {16: 0.16, 128: 1.28}
+
+
 def test_a_draft_catches_up_after_rounds_without_it(target: LoadedModel) -> None:
     """Plain rounds and drafted ones in turns, as `auto` mixes them: the same model goes on being always right."""
 
