@@ -11,7 +11,7 @@ from fastgen.tally import Launch, Tally
 
 FOUND = {
     "the longest match, though another is later": ([5, 6, 7, 1, 9, 7, 2, 9, 5, 6, 7], [1, 9, 7]),
-    "the latest of equally long ones": ([6, 7, 1, 8, 6, 7, 2, 8, 6, 7], [2, 8, 6]),
+    "the latest of equally long ones": ([6, 7, 1, 9, 6, 7, 2, 8, 6, 7], [2, 8, 6]),
     "a match that goes on past the end repeats itself": ([1, 2, 3, 1, 2], [3, 1, 2, 3, 1]),
     "the last token, once, behind itself": ([4, 9, 9], [9, 9]),
     "without a match the last token again": ([1, 2, 3], [3, 3]),
