@@ -92,4 +92,8 @@ def test_a_sum_on_top_of_a_residual_has_its_dtype(alone: Ranks) -> None:
     part, residual = torch.randn(2, 3), torch.randn(2, 3, dtype=torch.bfloat16)
     found = alone.sum_add(part, residual)
     assert found.dtype == torch.bfloat16 and torch.equal(found, residual + part.bfloat16())
-    assert alone.gather(part.T).shape == (1, 3, 2)
+
+
+def test_what_is_gathered_may_have_any_strides(alone: Ranks) -> None:
+    part = torch.arange(6).view(2, 3)
+    assert torch.equal(alone.gather(part.T), part.T[None])
