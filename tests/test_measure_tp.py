@@ -20,7 +20,7 @@ import json, pathlib, sys, time
 cases, output, records = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]), []
 for case in cases:
     if case == "bad":
-        sys.exit("fastgen.bench: it does not fit")
+        sys.exit("fastgen.bench: it does not fit\\n" + "torchrun's traceback\\n" * 60 + "fastgen.bench FAILED")
     if case == "mute":
         time.sleep(600)
     records.append({"case": case})
