@@ -16,7 +16,7 @@ memory never idles, not within a kernel and not between two.
 - One token's x lies in shared memory, multiplied by RMSNorm's gains; of several, x and gains are read from the caches
   a unit ahead. RMSNorm's scale multiplies the sums: sum(w g x) / rms(x). fp16 could overflow there, so it multiplies x
   with the power of two below the scale first, for one more pass over x. Squares are summed by eights in one order, and
-  those sums in fp64: what their order changes is lost when the scale is rounded to fp32.
+  those sums in fp64: exactly, so in any order, but for sums below 2^-29 of the total, which fp32 hardly ever shows.
 
 Letters: T tokens, n rows of the output, K width of the input, a multiple of 8; R tiles of 16 rows in a block.
 Sources: programmatic dependent launch, CUDA C++ Programming Guide, "Programmatic Dependent Launch and
