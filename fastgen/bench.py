@@ -101,16 +101,22 @@ def _models(config: BenchConfig) -> list[tuple[str, BenchConfig]]:
     return [(name, dataclasses.replace(config, quant=quant) if colon else config) for name, colon, quant in parts]
 
 
+def _check_formats(config: BenchConfig) -> None:
+    """Raise `UsageError` for flags of quantization that do not fit a shape, before those ahead of it are measured."""
+    from fastgen.shapes import shape
+
+    for name, own in _models(config):
+        if config.shape and (scheme := _scheme(own)):
+            scheme.formats(shape(name))
+
+
 def _measure_all(config: BenchConfig, phases: cli.Phases) -> Iterator["Record"]:
     """Yield the records of all models that --limit leaves time for."""
     from fastgen import session
     from fastgen.benchmark import forget_models
-    from fastgen.shapes import shape
 
     began, watch = time.monotonic(), process_watch()
-    for name, own in _models(config):
-        if config.shape and (scheme := _scheme(own)):
-            scheme.formats(shape(name))  # raises now what would cost the records of those before
+    _check_formats(config)
     if watch.place.world > 1:
         with phases.phase("join", f"{watch.place.world} ranks"):
             session.join_ranks(config)
@@ -162,7 +168,7 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
 
 
 def _time_stages(config: BenchConfig) -> int:
-    """Print the tables of `fastgen.stage_times` and `fastgen.step_trace`, and write them with --output."""
+    """Print the tables of `fastgen.stage_times`; --output and --json hold them and what `fastgen.step_trace` finds."""
     from fastgen import session
     from fastgen.benchmark import forget_models
     from fastgen.device import choose_placement, describe
@@ -170,9 +176,11 @@ def _time_stages(config: BenchConfig) -> int:
     from fastgen.load import use_kernels
     from fastgen.report import versions
 
+    began = time.monotonic()
     ranks, device = session.join_ranks(config)
     if ranks.world > 1 or config.batch > 1:
         raise UsageError("--stages: with one process and --batch 1 only")
+    _check_formats(config)
     placement, phases = choose_placement(device, config.dtype), cli.Phases()
     limit = measure_read_bandwidth(placement.device)
     ran = {"device": describe(placement.device), "versions": versions(), "read_limit_gb_per_second": limit}
@@ -181,6 +189,9 @@ def _time_stages(config: BenchConfig) -> int:
     works = {"stages": _stages_of} | ({"trace": _trace_of} if placement.device.type == "cuda" else {})
     for title, work in works.items():
         for place, (name, own) in enumerate(_models(config)):
+            if config.limit is not None and time.monotonic() - began > config.limit:
+                phases.note([f"--limit {config.limit:g}: {title} of {name} {own.quant or ''} left out"])
+                continue
             model = _load(own, name, placement, ranks, phases)
             use_kernels(model, config.kernels, compile=True)
             with phases.phase(title, name):
