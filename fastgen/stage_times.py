@@ -1,8 +1,9 @@
 """Where a decode step's time goes: every stage alone, beside its bytes and its limit, and whole steps by their width.
 
 A stage is timed as a chain over all of a model's layers, so that its weights come from memory and not from a cache: on
-CUDA as the replay of a graph, as in decoding. (Keys and values of a short text may stay in the cache.) Kernels overlap,
-so the stages' sum is not the step: what a stage costs there is how much shorter the step is without it.
+CUDA as the replay of a graph, as in decoding. (Keys and values of a short text may stay in the cache, and so may the
+smaller weights of a small model.) Kernels overlap, so the stages' sum is not the step: what a stage costs there is how
+much shorter the step is without it.
 """
 
 import statistics

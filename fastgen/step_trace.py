@@ -60,9 +60,9 @@ def describe(kernels: list[Kernel]) -> dict[str, object]:
         idle += max(0.0, kernel.start - end)
         overlaps += place > 0 and kernel.start < end
         end = max(end, kernel.end)
-    rows = [{"kernel": name, "count": len(times), "us": sum(times)} for name, times in by_name.items()]
+    longest_first = sorted(by_name.items(), key=lambda item: -sum(item[1]))
     return {
-        "kernels": sorted(rows, key=lambda row: -float(str(row["us"]))),
+        "kernels": [{"kernel": name, "count": len(times), "us": sum(times)} for name, times in longest_first],
         "count": len(kernels),
         "span_us": end - kernels[0].start if kernels else 0.0,
         "idle_us": idle,
