@@ -15,6 +15,7 @@ FOUND = {
     "a match that goes on past the end repeats itself": ([1, 2, 3, 1, 2], [3, 1, 2, 3, 1]),
     "the last token, once, behind itself": ([4, 9, 9], [9, 9]),
     "without a match the last token again": ([1, 2, 3], [3, 3]),
+    "what is before the beginning matches nothing": ([5, 8, 1, 0, 5, 9, 0, 0, 5], [9, 0]),
     "a text of one token": ([5], [5, 5]),
 }
 
