@@ -238,7 +238,8 @@ class SpeculativeEngine(Engine):
         may have reached."""
         if not self._behind or not self.drafters[0].steps:
             return []
-        return cheapest_chunks(self._drafted, reached, self._reach, self._showing)
+        # Of a text that is full and goes on beside others nothing needs to be known.
+        return cheapest_chunks(self._drafted, min(reached, self.max_seq_len), self._reach, self._showing)
 
     def _show_draft(self, missed: Sequence[tuple[int, int]]) -> None:
         """Show the draft what it has missed."""

@@ -105,6 +105,8 @@ def test_showing_a_draft_what_it_missed_counts() -> None:
     pace = LivePace(costs, {0: MODEL_HOPE, 1: MODEL_HOPE}, showing)
     assert pace.choose([]) == pace.choose([16]) == Arm(0, 3)
     assert pace.choose([128]) == Arm(1, 3), "0.5 + 1.1 are more than may be lost; the other drafter has missed nothing"
+    close = LivePace(costs | {Arm(1, 3): 1.45}, {0: MODEL_HOPE, 1: MODEL_HOPE}, showing)
+    assert (close.choose([]), close.choose([16])) == (Arm(0, 3), Arm(1, 3)), "1.4 + 0.5 / 4 are more than 1.45"
     for _ in range(300):
         pace.queue(Arm(0, 3), [16])
         pace.record(Arm(0, 3), Spent(1.4 + 1.2, 1.2, [16]), [4])
@@ -117,7 +119,7 @@ def test_what_was_missed_is_shown_in_the_cheapest_chunks() -> None:
     assert cheapest_chunks(7, 7, 4096, seconds) == []
     assert cheapest_chunks(7, 20, 4096, seconds) == [(7, 16)]
     assert cheapest_chunks(7, 257, 4096, seconds) == [(7, 128), (135, 128)], "padded, where that is cheaper"
-    assert cheapest_chunks(7, 150, 160, seconds) == [(7, 128), (135, 16)], "but never behind the limit"
+    assert cheapest_chunks(7, 190, 200, seconds)[1:] == [(place, 16) for place in (135, 151, 167, 183)], "if it fits"
 
 
 def test_what_a_round_took_is_lost_though_it_was_thought_cheap() -> None:

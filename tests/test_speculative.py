@@ -146,35 +146,50 @@ def test_a_plain_step_is_priced_by_its_share_of_a_burst(target: LoadedModel, mon
     assert engine.pace._showing == engine._showing == {16: 0.16, 128: 1.28}
 
 
-def test_a_draft_catches_up_after_rounds_without_it(target: LoadedModel) -> None:
+class Turns:
+    """Plain rounds and drafted ones in turns, as `auto` mixes them."""
+
+    arms = (Arm(0, 3), PLAIN)
+
+    def __init__(self, plain: int) -> None:
+        self.order = itertools.cycle([PLAIN] * plain + [Arm(0, 3)] * 2)
+
+    def choose(self, missed: Sequence[int]) -> Arm:
+        self.asked.append(list(missed))
+        return next(self.order)
+
+    def begin(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def queue(self, arm: Arm, missed: Sequence[int]) -> None:
+        assert list(missed) == (self.asked[-1] if arm.drafts else [])
+
+    def record(self, arm: Arm, spent: Spent, tokens: Sequence[int]) -> None:
+        assert (spent.showing > 0) == bool(spent.missed)
+
+
+@pytest.mark.parametrize(("plain", "batch", "shown"), [(5, 2, [16, 16, 16]), (17, 1, [16, 16])])
+def test_a_draft_catches_up_after_rounds_without_it(
+    target: LoadedModel, plain: int, batch: int, shown: list[int]
+) -> None:
     """Plain rounds and drafted ones in turns, as `auto` mixes them: the same model goes on being always right."""
 
-    class Turns:
-        arms = (Arm(0, 3), PLAIN)
-
-        def __init__(self) -> None:
-            self.order = itertools.cycle([PLAIN] * 5 + [Arm(0, 3)] * 2)
-
-        def choose(self, missed: Sequence[int]) -> Arm:
-            self.asked.append(list(missed))
-            return next(self.order)
-
-        def begin(self) -> None:
-            self.asked: list[list[int]] = []
-
-        def queue(self, arm: Arm, missed: Sequence[int]) -> None:
-            assert list(missed) == (self.asked[-1] if arm.drafts else [])
-
-        def record(self, arm: Arm, spent: Spent, tokens: Sequence[int]) -> None:
-            assert (spent.showing > 0) == bool(spent.missed)
-
-    engine = SpeculativeEngine(target, Speculation(draft=random_model(), count=3), batch=2, max_seq_len=CAPACITY)
-    engine.pace = Turns()
+    engine = SpeculativeEngine(target, Speculation(draft=random_model(), count=3), batch=batch, max_seq_len=CAPACITY)
+    engine.pace = Turns(plain)
     options = GenerationOptions(max_new_tokens=60, ignore_eos=True)
-    found = texts(engine, PROMPTS[:2], options)
-    assert found == texts(Engine(target, batch=2, max_seq_len=CAPACITY), PROMPTS[:2], options)
+    found = texts(engine, PROMPTS[:batch], options)
+    assert found == texts(Engine(target, batch=batch, max_seq_len=CAPACITY), PROMPTS[:batch], options)
     assert engine.tally.acceptance == 1 and engine.tally.arms[PLAIN] > 5
-    assert [16] * 3 in engine.pace.asked and [] in engine.pace.asked
+    assert shown in engine.pace.asked and [] in engine.pace.asked
+
+
+def test_a_draft_catches_up_beside_a_text_that_is_full(target: LoadedModel) -> None:
+    """A text that has ended goes on giving tokens while others do not; the draft is shown none that do not fit."""
+    engine = SpeculativeEngine(target, Speculation(draft=random_model(), count=3), batch=2, max_seq_len=48)
+    engine.pace = Turns(5)
+    options = GenerationOptions(max_new_tokens=60, ignore_eos=True)
+    plain = Engine(target, batch=2, max_seq_len=48)
+    assert texts(engine, PROMPTS[:2], options) == texts(plain, PROMPTS[:2], options)
 
 
 def test_pieces_say_which_tokens_were_drafted(target: LoadedModel) -> None:
