@@ -115,7 +115,7 @@ def _measure_all(config: BenchConfig, phases: cli.Phases) -> Iterator["Record"]:
     from fastgen import session
     from fastgen.benchmark import forget_models
 
-    began, watch = time.monotonic(), process_watch()
+    began, watch, limits = time.monotonic(), process_watch(), list[float]()
     _check_formats(config)
     if watch.place.world > 1:
         with phases.phase("join", f"{watch.place.world} ranks"):
@@ -124,12 +124,12 @@ def _measure_all(config: BenchConfig, phases: cli.Phases) -> Iterator["Record"]:
         if config.limit is not None and watch.share(time.monotonic() - began > config.limit):
             phases.note([f"--limit {config.limit:g}: {name} {own.quant or ''} and what follows is left out"])
             return
-        yield from _measure(own, name, phases)
+        yield from _measure(own, name, phases, limits)
         forget_models()
 
 
-def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Record"]:
-    """Yield the records of one model, every mode in turn."""
+def _measure(config: BenchConfig, name: str, phases: cli.Phases, limits: list[float]) -> Iterator["Record"]:
+    """Yield the records of one model, every mode in turn, beside the highest of the `limits` read so far."""
     from fastgen import session
     from fastgen.baseline import require_comparable, time_transformers
     from fastgen.benchmark import Timing, record, time_engine
@@ -142,7 +142,7 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
     if config.baseline and ranks.world > 1:
         raise UsageError("--baseline transformers: with one process only")
     placement = choose_placement(device, config.dtype)
-    limit = measure_read_bandwidth(placement.device)
+    limits.append(measure_read_bandwidth(placement.device))
     model = _load(config, name, placement, ranks, phases)
     if config.baseline:
         require_comparable(model)
@@ -150,7 +150,7 @@ def _measure(config: BenchConfig, name: str, phases: cli.Phases) -> Iterator["Re
 
     def row(timing: Timing, system: str, mode: str) -> "Record":
         return record(
-            model, timing, system=system, name=name, mode=mode, batch=config.batch, read_limit=limit,
+            model, timing, system=system, name=name, mode=mode, batch=config.batch, read_limit=max(limits),
             all_reduce_us=sum_us(model, config.batch) if ranks.world > 1 else None, **workload,
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ def load_model(
 
 def use_kernels(model: LoadedModel, name: str, *, compile: bool) -> None:
     """Run the model's stages as "reference" (PyTorch), "fused" (Triton, on CUDA), or "auto": fused in a run that
-    compiles, where that leaves no stage to PyTorch.
+    compiles, with one rank.
 
     Raises:
         UsageError: the device or the dtype is not one that the kernels are made for.
@@ -139,7 +139,7 @@ def use_kernels(model: LoadedModel, name: str, *, compile: bool) -> None:
     device, dtype = model.placement.device, model.placement.dtype
     made_for = device.type == "cuda" and dtype != torch.float32
     if name == "auto":
-        name = "fused" if compile and made_for and not model.formats and not model.plan else "reference"
+        name = "fused" if compile and made_for and not model.plan else "reference"
     if name == "reference":
         model.transformer.stages = _over_ranks(model, reference)
         return
@@ -210,7 +210,8 @@ def random_model(
         transformer = Transformer(config).to(placement.dtype)
     _require_memory(transformer, formats, placement)
     generator = torch.Generator(placement.device).manual_seed(seed + ranks.rank)
-    for name, module in list(transformer.named_modules()):
+    for name in [name for name, _ in transformer.named_modules()]:  # a list of modules would keep what is replaced
+        module: Any = transformer.get_submodule(name)
         if not list(module.parameters(recurse=False)):
             continue
         module.to_empty(device=placement.device, recurse=False)

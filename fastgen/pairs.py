@@ -11,6 +11,7 @@ stays what it is.
 """
 
 from dataclasses import replace
+from typing import Any, cast
 
 from fastgen.load import LoadedModel
 
@@ -28,8 +29,9 @@ def damp(target: LoadedModel, *, layers: int, factor: float) -> None:
     """
     for block in target.transformer.layers[layers:]:
         for name in ("wo", "w_down"):
-            parameters = dict(block.get_submodule(name).named_parameters())
-            if "scales" in parameters:  # in the kernels' layout, as bits
-                parameters["scales"].view(target.placement.dtype).mul_(factor)
+            linear = block.get_submodule(name)
+            parameters = dict(linear.named_parameters())
+            if "words" in parameters:  # in the kernels' layout
+                cast(Any, linear).multiply(factor)
             else:
                 (parameters["weight_scale"] if "weight_scale" in parameters else parameters["weight"]).mul_(factor)

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastgen import bench, load, shapes, stage_times
+from fastgen.device import choose_placement
 from fastgen.errors import UsageError
+from quantize.scheme import Scheme
 
 QUICK = ("--device", "cpu", "--modes", "eager", "--new-tokens", "3", "--repeats", "1")
 
@@ -94,3 +97,17 @@ def test_flags_that_one_of_the_shapes_refuses_end_it_before_anything_is_measured
 def test_a_shape_or_a_format_that_is_not_known_ends_it_before_anything_is_measured(shape: str) -> None:
     with pytest.raises(UsageError, match="expected one of"):
         bench.main([*QUICK, "--shape", "stories15m", "--shape", shape])
+
+
+def test_random_weights_are_let_go_once_they_are_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    quantize = load.quantize_weight
+
+    def watched(name: str, weight: Tensor, *rest: Any) -> Any:
+        assert sum(ref() is not None for ref in seen) <= 1, "at most the one before is still there"
+        seen.append(weakref.ref(weight))
+        return quantize(name, weight, *rest)
+
+    monkeypatch.setattr(load, "quantize_weight", watched)
+    load.random_model(shapes.shape("stories15m"), choose_placement("cpu", "fp32"), scheme=Scheme(quant="int8"))
+    assert len(seen) == 6 * 4 + 1

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
+from fastgen.kernels.packed import PackedLinear
 from fastgen.options import GenerationOptions
 from fastgen.pairs import damp, first_layers
 from fastgen.speculation import Speculation
@@ -40,18 +40,29 @@ def test_damping_quantized_weights_scales_them(quant: str) -> None:
     assert isinstance(linear, Int4Linear) == (quant == "int4 g32")
 
 
-def test_scales_that_are_kept_as_bits_are_damped_as_numbers() -> None:
+@pytest.mark.parametrize(("words", "scales", "factors"), [(512, [1.0, -2.0], None), (264, None, 16), (272, None, 32)])
+def test_scales_in_the_kernels_layout_are_damped_as_numbers_and_nothing_else_is(
+    words: int, scales: list[float] | None, factors: int | None
+) -> None:
     target = random_model(dtype="bf16")
+    content = torch.randint(1 << 30, (2, 3, words), dtype=torch.int32)
+    if factors:
+        content.view(torch.bfloat16)[..., 512 : 512 + factors] = torch.arange(1.0, factors + 1).bfloat16()
+    bits = None if scales is None else torch.tensor(scales, dtype=torch.bfloat16).view(torch.int32)
     for block in target.transformer.layers:
         for name in ("wo", "w_down"):
-            packed = nn.Module()
-            scales = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.bfloat16)
-            packed.words = nn.Parameter(torch.zeros(4, dtype=torch.int32), requires_grad=False)
-            packed.scales = nn.Parameter(scales.view(torch.int32), requires_grad=False)
+            own = None if bits is None else bits.clone()
+            packed = PackedLinear(content.clone(), own, None, out_features=32, in_features=384, dtype=torch.bfloat16)
             block.set_submodule(name, packed)
     damp(target, layers=1, factor=0.5)
-    first, second = (block.wo.scales.view(torch.bfloat16).tolist() for block in target.transformer.layers)
-    assert first == [1.0, -2.0, 0.5, 3.0] and second == [0.5, -1.0, 0.25, 1.5]
+    first, second = (block.wo for block in target.transformer.layers)
+    assert first.words.equal(content)
+    if bits is not None:
+        assert second.words.equal(content) and second.scales.view(torch.bfloat16).tolist() == [0.5, -1.0]
+    else:
+        halved = torch.arange(1.0, factors + 1).bfloat16() * 0.5
+        assert second.words[..., :256].equal(content[..., :256])
+        assert second.words.view(torch.bfloat16)[..., 512:].eq(halved).all()
 
 
 def test_the_benchmark_finds_an_agreement_and_writes_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

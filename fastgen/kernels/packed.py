@@ -80,6 +80,14 @@ class PackedLinear(nn.Module):
         self.register_parameter("scales", None if scales is None else nn.Parameter(scales, requires_grad=False))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    def multiply(self, factor: float) -> None:
+        """Multiply the weights, in place, by way of their scales."""
+        if self.scales is not None:
+            self.scales.view(self.dtype).mul_(factor)
+        else:
+            groups = form_of(self.words).groups
+            self.words.view(self.dtype)[..., 2 * PLANE : 2 * PLANE + 16 * groups].mul_(factor)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return x [.., in] times the weights, plus the bias, [.., out]; x in `dtype`."""
         weight = unpack(self.words, self.scales, self.out_features, self.in_features, self.dtype)
