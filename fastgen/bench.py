@@ -101,6 +101,10 @@ def _models(config: BenchConfig) -> list[tuple[str, BenchConfig]]:
     return [(name, dataclasses.replace(config, quant=quant) if colon else config) for name, colon, quant in parts]
 
 
+def _title(name: str, own: BenchConfig) -> str:
+    return f"{name} {own.quant}" if own.quant else name
+
+
 def _check_formats(config: BenchConfig) -> None:
     """Raise `UsageError` for flags of quantization that do not fit a shape, before those ahead of it are measured."""
     from fastgen.shapes import shape
@@ -122,7 +126,7 @@ def _measure_all(config: BenchConfig, phases: cli.Phases) -> Iterator["Record"]:
             session.join_ranks(config)
     for name, own in _models(config):
         if config.limit is not None and watch.share(time.monotonic() - began > config.limit):
-            phases.note([f"--limit {config.limit:g}: {name} {own.quant or ''} and what follows is left out"])
+            phases.note([f"--limit {config.limit:g}: {_title(name, own)} and what follows is left out"])
             return
         yield from _measure(own, name, phases, limits)
         forget_models()
@@ -190,7 +194,7 @@ def _time_stages(config: BenchConfig) -> int:
     for title, work in works.items():
         for place, (name, own) in enumerate(_models(config)):
             if config.limit is not None and time.monotonic() - began > config.limit:
-                phases.note([f"--limit {config.limit:g}: {title} of {name} {own.quant or ''} left out"])
+                phases.note([f"--limit {config.limit:g}: {title} of {_title(name, own)} left out"])
                 continue
             model = _load(own, name, placement, ranks, phases)
             use_kernels(model, config.kernels, compile=True)

@@ -7,9 +7,8 @@ position alone (`Transformer.allocate_cache`).
 
 Rows, drafts and limit are static tensors that the work itself moves on, so on CUDA a round is two graph launches,
 drafting and verifying, whatever the texts do, and the host reads nothing in between. Plain decoding is one, of as many
-steps as `fastgen.graphs` puts into one. Texts of a batch accept each
-their own number. As in `fastgen.steps`, where the model's stages are kernels only the choice of sampled tokens is left
-to torch.compile.
+steps as `fastgen.graphs` puts into one. Texts of a batch accept each their own number. As in `fastgen.steps`, where the
+model's stages are kernels only the choice of sampled tokens is left to torch.compile.
 """
 
 from collections.abc import Callable, Sequence
