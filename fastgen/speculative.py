@@ -123,7 +123,8 @@ class SpeculativeEngine(Engine):
         arms = self.arms if self.pace else (*self.arms, PLAIN)
         for bound in self._bounds():
             jobs += [partial(self._warm_arm, arm, bound, options) for arm in arms]
-        jobs += [partial(self._rounds.show, 0, 0, width) for width in self._shown_widths()]
+        if self.device.type == "cuda":
+            jobs += [partial(self._rounds.show, 0, 0, width) for width in self._shown_widths()]
         return [*jobs, partial(self._calibrate, options)]
 
     def _bounds(self) -> list[int]:
