@@ -130,10 +130,12 @@ inline void multiply_row(const Activations& x, const char* unit, const float* sc
     Words product[TOKENS] = {};
     for (int64_t i = 0; i < units; ++i, unit += UNIT_BYTES, values += SHORT_LANES * PARTS<BITS>) {
       const Shorts lanes = load<Shorts>(unit);
-      for (int part = 0; part < PARTS<BITS>; ++part) {
-        const Shorts weights = weights_of<BITS>(lanes, part);
-        for (int token = 0; token < TOKENS; ++token) {
-          product[token] += pair_sums(weights, load<Shorts>(values + token * size.columns + part * SHORT_LANES));
+      Shorts weights[PARTS<BITS>];
+      for (int part = 0; part < PARTS<BITS>; ++part) weights[part] = weights_of<BITS>(lanes, part);
+      for (int token = 0; token < TOKENS; ++token) {
+        const int16_t* those = values + token * size.columns;
+        for (int part = 0; part < PARTS<BITS>; ++part) {
+          product[token] += pair_sums(weights[part], load<Shorts>(those + part * SHORT_LANES));
         }
       }
     }
@@ -153,6 +155,25 @@ inline void multiply_row(const Activations& x, const char* unit, const float* sc
   }
 }
 
+// SINGLE: there is one token, as in decoding, which is a tenth faster if the compiler knows.
+template <int BITS, bool TWO, bool SINGLE>
+void multiply_rows(const Activations& x, const void* packed, const float* scale, const float* offset, float* y,
+                   Sizes size, int64_t tokens, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < size.rows; ++row) {
+    const char* unit = static_cast<const char*>(packed) + row * (size.columns * BITS / 8);
+    if (SINGLE) {
+      multiply_row<BITS, 1, TWO>(x, unit, scale, offset, y, size, row, 0);
+      continue;
+    }
+    int64_t token = 0;
+    for (; token + TILE <= tokens; token += TILE) {
+      multiply_row<BITS, TILE, TWO>(x, unit, scale, offset, y, size, row, token);
+    }
+    for (; token < tokens; ++token) multiply_row<BITS, 1, TWO>(x, unit, scale, offset, y, size, row, token);
+  }
+}
+
 // int8 has one group, int4 an offset a group.
 template <int BITS, bool TWO>
 void multiply(const float* x, const void* packed, const float* scale, const float* offset, float* y, Sizes size,
@@ -160,15 +181,8 @@ void multiply(const float* x, const void* packed, const float* scale, const floa
   for (int64_t first = 0; first < size.tokens; first += BLOCK, x += BLOCK * size.columns, y += BLOCK * size.rows) {
     const int64_t tokens = std::min(size.tokens - first, BLOCK);
     const Activations block = rounded<BITS>(x, tokens, size.columns, size.step_size);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < size.rows; ++row) {
-      const char* unit = static_cast<const char*>(packed) + row * (size.columns * BITS / 8);
-      int64_t token = 0;
-      for (; token + TILE <= tokens; token += TILE) {
-        multiply_row<BITS, TILE, TWO>(block, unit, scale, offset, y, size, row, token);
-      }
-      for (; token < tokens; ++token) multiply_row<BITS, 1, TWO>(block, unit, scale, offset, y, size, row, token);
-    }
+    auto run = tokens == 1 ? multiply_rows<BITS, TWO, true> : multiply_rows<BITS, TWO, false>;
+    run(block, packed, scale, offset, y, size, tokens, threads);
   }
 }
 
