@@ -39,13 +39,13 @@ def greedy_head(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
     n, width = weight.shape
     tokens = x.numel() // width
     launched = launch.choose(weight, "head", tokens, rows=n)
-    tiles = launched.tiles(n)
+    tiles = launched.tiles
     best = torch.empty(tokens, tiles, dtype=torch.float32, device=x.device)
     ids = torch.empty(tokens, tiles, dtype=torch.int32, device=x.device)
     out = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     greedy_head_kernel[launched.grid](
-        x.contiguous(), norm, weight, bias, best, ids, tokens, n, tiles, eps, K=width, maxnreg=REGISTERS,
-        **launched.options,
+        x.contiguous(), norm, weight, bias, best, ids, launched.claims, tokens, n, launched.own, tiles, eps, K=width,
+        maxnreg=REGISTERS, **launched.options,
     )  # fmt: skip
     dependent = launch.dependent_launch(x.device)
     pick_token_kernel[(tokens,)](best, ids, out, tiles, WIDTH=1024, PDL=bool(dependent), num_warps=4, **dependent)
@@ -57,15 +57,15 @@ def _(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) 
     return torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
 
 
-@gluon.jit(do_not_specialize=["tokens", "n", "tiles"])
+@gluon.jit(do_not_specialize=["tokens", "n", "own", "tiles"])
 def greedy_head_kernel(
-    x, norm, weight, bias, best, ids, tokens, n, tiles, eps, K: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr,
-    DEPTH: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
+    x, norm, weight, bias, best, ids, claims, tokens, n, own, tiles, eps, K: gl.constexpr, R: gl.constexpr,
+    SETS: gl.constexpr, DEPTH: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """x [tokens, K], norm [K], weight [n, K], bias [n] or None, best and ids [tokens, tiles]; any grid."""
     stream_product(
-        x, norm, weight, tokens, n, eps, 0, nothing, _store_best, (best, ids, bias, tokens, tiles), K, R, SETS, DEPTH,
-        PAIRED=False, EVEN=True, PDL=PDL, WARPS=WARPS,
+        x, norm, weight, claims, tokens, n, own, eps, nothing, _store_best, (best, ids, bias, tokens, tiles), K, R,
+        SETS, DEPTH, PAIRED=False, PDL=PDL, WARPS=WARPS,
     )  # fmt: skip
 
 

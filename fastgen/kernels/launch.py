@@ -30,13 +30,13 @@ class Shape(NamedTuple):
         per_processor: programs on each multiprocessor.
         tiles: tiles of 16 rows in a block.
         depth: units of each warp's ring, fewer where shared memory is short.
-        lead: rows that the first half of the programs leaves to the second.
+        claimed: percent of the rows that programs claim when they are through with their own, 0 to share out all.
     """
 
     per_processor: int
     tiles: int
     depth: int
-    lead: int
+    claimed: int
 
 
 DEFAULT = (Shape(2, 1, 5, 0), Shape(2, 1, 2, 0), Shape(2, 1, 2, 0))
@@ -47,37 +47,53 @@ TABLE = Path(__file__).with_name("shapes.json")
 
 
 class Launch(NamedTuple):
-    """A shape on a GPU: the grid, the kernel's `lead` and its compile-time arguments."""
+    """A shape on a GPU: the grid, who takes which rows, and the kernel's compile-time arguments.
+
+    Attributes:
+        own: rows that are shared out evenly; the others are claimed.
+        claims: the counter of the claims, None where there are none.
+        tiles: how many tiles all programs together finish, of 16 rows of the weight or of fewer.
+    """
 
     grid: tuple[int]
-    lead: int
+    own: int
+    claims: Tensor | None
+    tiles: int
     options: dict[str, Any]
-
-    def tiles(self, rows: int) -> int:
-        """Return how many tiles all programs together finish, of 16 rows or of none."""
-        a_program = triton.cdiv(triton.cdiv(rows, self.grid[0]), 16 * self.options["R"]) * self.options["R"]
-        return a_program * self.grid[0]
 
 
 def choose(weight: Tensor, stage: str, tokens: int, *, rows: int) -> Launch:
-    """Return how a stage multiplies weights of `rows` rows with `tokens` tokens."""
+    """Return how a stage multiplies weights whose output has `rows` rows with `tokens` tokens."""
     shapes = table().get(_name(weight.device), {}).get(stage, DEFAULT)
     return fitted(shapes[column(tokens)], weight, tokens, rows)
 
 
 def fitted(shape: Shape, weight: Tensor, tokens: int, rows: int) -> Launch:
-    """Return the launch of a shape, its ring as deep as shared memory allows; every tile has 16 rows of weight."""
-    width, sets = weight.shape[1], 0 if tokens == 1 else triton.cdiv(tokens, 8)
+    """Return the launch of a shape, its ring as deep as shared memory allows; weight has `rows` rows or twice as many.
+
+    Claims need a program to have blocks of its own for all that its ring holds and one more; small weights are shared
+    out whole.
+    """
+    height, width = weight.shape
+    sets = 0 if tokens == 1 else triton.cdiv(tokens, 8)
+    units = triton.cdiv(width, product.WIDE)
     a_unit = product.WARPS * shape.tiles * product.LINES * 512
-    beside = product.WARPS * shape.tiles * max(1, sets) * 512 + 2048
+    beside = product.WARPS * shape.tiles * max(1, sets) * 512 + 2560
     if not sets:
-        beside += triton.cdiv(triton.cdiv(width, product.WIDE), 4) * product.WARPS * 512
+        beside += triton.cdiv(units, 4) * product.WARPS * 512
     depth = max(1, min(shape.depth, (processor_memory(weight.device) // shape.per_processor - beside) // a_unit))
-    programs = min(triton.cdiv(rows, 16 * shape.tiles), shape.per_processor * processors(weight.device))
+    programs = min(triton.cdiv(height, 16 * shape.tiles), shape.per_processor * processors(weight.device))
+    span = 16 * shape.tiles * rows // height
+    depth = min(depth, triton.cdiv(triton.cdiv(rows, programs), span) * units)
+    kept = rows * (100 - shape.claimed) // 100 // programs // span * span
+    claimed = shape.claimed > 0 and kept > product.blocks_ahead(depth, units) * span
+    own = kept * programs if claimed else rows
+    claims = workspace(weight.device)[MAX_CELLS:] if claimed else None
+    blocks = programs * triton.cdiv(triton.cdiv(own, programs), span) + triton.cdiv(rows - own, span)
     dependent = dependent_launch(weight.device)
     options = {"R": shape.tiles, "SETS": sets, "DEPTH": depth, "PDL": bool(dependent), "WARPS": product.WARPS}
-    lead = min(shape.lead, rows // (4 * programs))
-    return Launch((programs,), lead, options | {"num_warps": product.WARPS} | dependent)
+    options |= {"num_warps": product.WARPS} | dependent
+    return Launch((programs,), own, claims, blocks * shape.tiles, options)
 
 
 def column(tokens: int) -> int:
@@ -112,12 +128,12 @@ def split_count(kv_heads: int) -> int:
 
 @functools.cache
 def workspace(device: torch.device) -> Tensor:
-    """Return the device's tickets, int32 zeros; whoever takes tickets leaves zeros behind.
+    """Return the device's tickets, int32 zeros, and behind them a counter of claims; users leave zeros behind.
 
     One text of kernels at a time may use them: launches on two streams of a device must not overlap. It must exist
     before a CUDA graph is captured (`fused.prepare`).
     """
-    return torch.zeros(MAX_CELLS, dtype=torch.int32, device=device)
+    return torch.zeros(MAX_CELLS + 4, dtype=torch.int32, device=device)
 
 
 def next_power_of_two(n: int) -> int:

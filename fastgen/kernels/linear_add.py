@@ -44,19 +44,20 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
     tokens = x.numel() // width
     launched = launch.choose(weight, "linear_add", tokens, rows=n)
     linear_add_kernel[launched.grid](
-        x.contiguous(), weight, bias, residual, out, tokens, n, launched.lead, K=width, **launched.options
-    )
+        x.contiguous(), weight, bias, residual, out, launched.claims, tokens, n, launched.own, K=width,
+        **launched.options,
+    )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["tokens", "n", "lead"])
+@gluon.jit(do_not_specialize=["tokens", "n", "own"])
 def linear_add_kernel(
-    x, weight, bias, residual, out, tokens, n, lead, K: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr,
+    x, weight, bias, residual, out, claims, tokens, n, own, K: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr,
     DEPTH: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """x [tokens, K], weight [n, K], bias [n] or None, residual [tokens, n] or None, out [tokens, n]; any grid."""
     stream_product(
-        x, None, weight, tokens, n, 0.0, lead, _load_residual, _add_and_store, (out, bias, residual), K, R, SETS, DEPTH,
-        PAIRED=False, EVEN=False, PDL=PDL, WARPS=WARPS,
+        x, None, weight, claims, tokens, n, own, 0.0, _load_residual, _add_and_store, (out, bias, residual), K, R, SETS,
+        DEPTH, PAIRED=False, PDL=PDL, WARPS=WARPS,
     )  # fmt: skip
 
 

@@ -31,17 +31,18 @@ def run(stage: str, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: T
     tokens = x.numel() // width
     launched = launch.choose(weight, stage, tokens, rows=n)
     norm_linear_kernel[launched.grid](
-        x.contiguous(), norm, weight, bias, out, tokens, n, eps, launched.lead, K=width, **launched.options
-    )
+        x.contiguous(), norm, weight, bias, out, launched.claims, tokens, n, launched.own, eps, K=width,
+        **launched.options,
+    )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["tokens", "n", "lead"])
+@gluon.jit(do_not_specialize=["tokens", "n", "own"])
 def norm_linear_kernel(
-    x, norm, weight, bias, out, tokens, n, eps, lead, K: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr,
+    x, norm, weight, bias, out, claims, tokens, n, own, eps, K: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr,
     DEPTH: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """x [tokens, K], norm [K], weight [n, K], bias [n] or None, out [tokens, n]; any grid."""
     stream_product(
-        x, norm, weight, tokens, n, eps, lead, nothing, store_rows, (out, bias), K, R, SETS, DEPTH,
-        PAIRED=False, EVEN=False, PDL=PDL, WARPS=WARPS,
+        x, norm, weight, claims, tokens, n, own, eps, nothing, store_rows, (out, bias), K, R, SETS, DEPTH,
+        PAIRED=False, PDL=PDL, WARPS=WARPS,
     )  # fmt: skip

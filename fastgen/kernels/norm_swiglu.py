@@ -19,10 +19,11 @@ def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
     n, width = weight.shape[0] // 2, weight.shape[1]
     out = x.new_empty(*x.shape[:-1], n)
     tokens = x.numel() // width
-    launched = launch.choose(weight, "norm_swiglu", tokens, rows=2 * n)
+    launched = launch.choose(weight, "norm_swiglu", tokens, rows=n)
     norm_swiglu_kernel[launched.grid](
-        x.contiguous(), norm, weight, bias, out, tokens, n, eps, launched.lead, K=width, **launched.options
-    )
+        x.contiguous(), norm, weight, bias, out, launched.claims, tokens, n, launched.own, eps, K=width,
+        **launched.options,
+    )  # fmt: skip
     return out
 
 
@@ -31,15 +32,15 @@ def _(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) 
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
 
 
-@gluon.jit(do_not_specialize=["tokens", "n", "lead"])
+@gluon.jit(do_not_specialize=["tokens", "n", "own"])
 def norm_swiglu_kernel(
-    x, norm, weight, bias, out, tokens, n, eps, lead, K: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr,
+    x, norm, weight, bias, out, claims, tokens, n, own, eps, K: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr,
     DEPTH: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """x [tokens, K], norm [K], weight [2n, K], bias [2n] or None, out [tokens, n]; any grid."""
     stream_product(
-        x, norm, weight, tokens, n, eps, lead, nothing, _gate_and_store, (out, bias), K, R, SETS, DEPTH,
-        PAIRED=True, EVEN=False, PDL=PDL, WARPS=WARPS,
+        x, norm, weight, claims, tokens, n, own, eps, nothing, _gate_and_store, (out, bias), K, R, SETS, DEPTH,
+        PAIRED=True, PDL=PDL, WARPS=WARPS,
     )  # fmt: skip
 
 

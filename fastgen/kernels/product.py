@@ -3,9 +3,10 @@
 For few tokens the product of a linear is bound by reading its weights, so everything here serves one end: that
 memory never idles, not within a kernel and not between two.
 
-- The grid is as large as the GPU holds at once, and a program takes an even share of the rows, in blocks of 16. Its
-  warps share the columns: warp w takes every WARPS-th unit of 64, through a ring of its own (`fastgen.kernels.ring`)
-  that no other warp waits for. Only at a block's end the warps' sums are added, in order.
+- The grid is as large as the GPU holds at once. A program takes an even share of the rows, in blocks of 16, and claims
+  more blocks when it is through with it (`fastgen.kernels.claims`). Its warps share the columns: warp w takes every
+  WARPS-th unit of 64, through a ring of its own (`fastgen.kernels.ring`) that no other warp waits for. Only at a
+  block's end the warps' sums are added, in order.
 - Weights are an operand of mma.m16n8k16 without any change of layout: the 16 bytes that a lane holds of a row are
   eight neighbours, and since sums do not care in which order k comes as long as x agrees, they serve two products.
   Tokens are the eight columns (16 from 9 tokens on; columns beyond the tokens repeat the last). A column's sum depends
@@ -26,6 +27,7 @@ Synchronization"; PTX ISA, griddepcontrol, mma.m16n8k16. RMSNorm: arXiv 1910.074
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fastgen.kernels.claims import claim, publish, published
 from fastgen.kernels.fragments import arrived, barrier, commit, halves, lanes, load_four, statement
 from fastgen.kernels.ring import (
     copy_two_rows,
@@ -50,22 +52,28 @@ NOTHING = gl.constexpr(0x80008000)
 """A pair of -0.0: what is added to it does not change."""
 
 
+NO_ROW = gl.constexpr(1 << 30)
+"""Stands for the first row of a block that there is not."""
+
+
 @gluon.jit
 def stream_product(  # noqa: PLR0912, PLR0915
-    x, norm, weight, tokens, n, eps, lead, prefetch: gl.constexpr, finish: gl.constexpr, extra, K: gl.constexpr,
-    R: gl.constexpr, SETS: gl.constexpr, DEPTH: gl.constexpr, PAIRED: gl.constexpr, EVEN: gl.constexpr,
-    PDL: gl.constexpr, WARPS: gl.constexpr,
+    x, norm, weight, claims, tokens, n, own, eps, prefetch: gl.constexpr, finish: gl.constexpr, extra,
+    K: gl.constexpr, R: gl.constexpr, SETS: gl.constexpr, DEPTH: gl.constexpr, PAIRED: gl.constexpr, PDL: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """Call finish(y, early, tile, row, token, here, n, extra) for every tile of y = weight @ rms_norm(x).
 
     x [tokens, K], norm [K] or None, weight [n, K]; PAIRED: weight [2n, K], and a tile holds eight rows of the first
     half and the same rows of the second. SETS is 0 for one token, 1 for up to 8, 2 for up to 16. y [64, 2] fp32
     belongs to token[p] and row[p, h], where here[p, h]; `tile` counts the tiles of all programs, and `early` is what
-    prefetch(row, token, here, n, extra) has loaded before the sums were made. The first half of the programs takes
-    `lead` rows less each, the second half as many more. EVEN: all programs call finish equally often.
+    prefetch(row, token, here, n, extra) has loaded before the sums were made. The first `own` rows are shared out
+    evenly; the others are claimed by blocks, with the counter `claims` (None: all rows are shared out).
     """
     UNITS: gl.constexpr = (K + 64 * WARPS - 1) // (64 * WARPS)
     STEP: gl.constexpr = 8 if PAIRED else 16
+    SPAN: gl.constexpr = R * STEP
+    AHEAD: gl.constexpr = blocks_ahead(DEPTH, UNITS)
     BF16: gl.constexpr = x.dtype.element_ty == gl.bfloat16
     ALONE: gl.constexpr = SETS == 0
     COLUMNS: gl.constexpr = max(SETS, 1)
@@ -74,20 +82,25 @@ def stream_product(  # noqa: PLR0912, PLR0915
     CUBE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     ADD: gl.constexpr = gl.BlockedLayout([WARPS, 1, 2], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
     PAIR: gl.constexpr = gl.SliceLayout(0, ADD)
-    memory, address = ring_memory((WARPS * DEPTH * R) * 4 + PIECES * WARPS)
+    memory, address = ring_memory((WARPS * DEPTH * R) * 4 + PIECES * WARPS + 1)
     exchange = gl.allocate_shared_memory(gl.float32, [R * COLUMNS, WARPS, 64, 2], CUBE)
-    begin, end, blocks = share(n, lead, R * STEP, EVEN)
+    x_at = address + WARPS * DEPTH * R * 2048
+    numbers = x_at + PIECES * WARPS * 512
+    begin = gl.program_id(0) * own // gl.num_programs(0)
+    end = (gl.program_id(0) + 1) * own // gl.num_programs(0)
+    blocks = gl.cdiv(gl.cdiv(own, gl.num_programs(0)), SPAN)
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, L))[:, None]
     lane = gl.arange(0, 32, gl.SliceLayout(0, L))[None, :] + warp * 0
-    g, own = lane // 4, warp * 64 + lane % 4 * 8
+    g, offset = lane // 4, warp * 64 + lane % 4 * 8
     ring = address + warp * (DEPTH * R * 2048) + lane * 16
     zero = gl.zeros([WARPS, 32], gl.float32, L)
 
-    next_first, next_unit = begin, 0
+    firsts = ()
+    for i in gl.static_range(AHEAD + 1):
+        firsts += (gl.where(i < blocks, begin + i * SPAN, NO_ROW),)
     for i in gl.static_range(DEPTH):
-        copy_unit(weight, ring + i * (R * 2048), next_first, next_unit * (64 * WARPS) + own, g, end, n, K, R, PAIRED)
-        next_first = gl.where(next_unit == UNITS - 1, next_first + R * STEP, next_first)
-        next_unit = gl.where(next_unit == UNITS - 1, 0, next_unit + 1)
+        k = i % UNITS * (64 * WARPS) + offset
+        copy_unit(weight, ring + i * (R * 2048), firsts[i // UNITS], k, g, end, n, K, R, PAIRED)
     gains = ()
     if ALONE:
         if norm is not None:
@@ -98,7 +111,6 @@ def stream_product(  # noqa: PLR0912, PLR0915
 
     squares = (zero.to(gl.float64),) * COLUMNS
     powers = (zero,) * COLUMNS
-    x_at = address + WARPS * DEPTH * R * 2048
     if ALONE:
         row_words = load_row(x, warp * 32 + lane, K, PIECES, WARPS)
         if norm is not None:
@@ -107,32 +119,36 @@ def stream_product(  # noqa: PLR0912, PLR0915
             if not BF16:
                 powers = powers_below(squares, K, eps, ALONE, WARPS)
         for i in gl.static_range(PIECES):
-            piece = row_words[i]
+            words = row_words[i]
             if norm is not None:
-                piece = scaled(piece, gains[i], powers[0], BF16)
-            write_four(x_at + i * (512 * WARPS) + (warp * 32 + lane) * 16, piece)
+                words = scaled(words, gains[i], powers[0], BF16)
+            write_four(x_at + i * (512 * WARPS) + (warp * 32 + lane) * 16, words)
         barrier()
-        x_at += own * 2
+        x_at += offset * 2
     else:
         if norm is not None:
             if not BF16:
                 for unit in range(UNITS):
-                    all_values, _ = load_unit(x, norm, g, unit * (64 * WARPS) + own, tokens, K, SETS, WARPS)
+                    all_values, _ = load_unit(x, norm, g, unit * (64 * WARPS) + offset, tokens, K, SETS, WARPS)
                     squares = add_squares(squares, all_values, SETS, BF16)
                 powers = powers_below(squares, K, eps, ALONE, WARPS)
-        ahead, ahead_gains = load_unit(x, norm, g, own, tokens, K, SETS, WARPS)
+        ahead, ahead_gains = load_unit(x, norm, g, offset, tokens, K, SETS, WARPS)
     pair = gl.arange(0, 64, gl.SliceLayout(1, PAIR))
     half = gl.arange(0, 2, gl.SliceLayout(0, PAIR))[None, :]
     factors = (pair * 0.0,) * COLUMNS
-    slot = 0
-    for block in range(blocks):
-        first = begin + block * (R * STEP)
+    slot, block, next_unit = 0, 0, DEPTH % UNITS
+    while firsts[0] < NO_ROW:
+        first = firsts[0]
+        limit = gl.where(first < own, end, n)
+        wanted = (block + AHEAD + 1 >= blocks) & (firsts[AHEAD] < NO_ROW)
+        if claims is not None:
+            number = claim(claims, wanted.to(gl.int32))
         early = ()
         for r in gl.static_range(R):
             row = (first + r * STEP + pair // 8)[:, None] + half * (0 if PAIRED else 8)
             for b in gl.static_range(COLUMNS):
                 token = (pair % 8 + 8 * b)[:, None]
-                early += (prefetch(row, token, (row < end) & (token < tokens), n, extra),)
+                early += (prefetch(row, token, (row < limit) & (token < tokens), n, extra),)
         totals = ((zero, zero, zero, zero),) * (R * COLUMNS)
         for unit in range(UNITS):
             arrived(DEPTH - 1)
@@ -143,7 +159,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
                 values = (load_four(x_at + unit * (128 * WARPS), 0), load_four(x_at + unit * (128 * WARPS), 64))
             else:
                 values, unit_gains = ahead, ahead_gains
-                following = gl.where(unit == UNITS - 1, 0, unit + 1) * (64 * WARPS) + own
+                following = gl.where(unit == UNITS - 1, 0, unit + 1) * (64 * WARPS) + offset
                 ahead, ahead_gains = load_unit(x, norm, g, following, tokens, K, SETS, WARPS)
                 if norm is not None:
                     if BF16:
@@ -151,10 +167,15 @@ def stream_product(  # noqa: PLR0912, PLR0915
                             squares = add_squares(squares, values, SETS, BF16)
                     values = scaled_unit(values, unit_gains, powers, SETS, BF16)
             totals = add_unit(totals, rows, values, R, COLUMNS, BF16)
-            copy_unit(weight, ring + slot, next_first, next_unit * (64 * WARPS) + own, g, end, n, K, R, PAIRED)
+            later = next_unit < DEPTH % UNITS
+            next_first = gl.where(later, firsts[AHEAD], firsts[DEPTH // UNITS])
+            next_end = gl.where(next_first < own, end, n)
+            next_k = next_unit * (64 * WARPS) + offset
+            copy_unit(weight, ring + slot, next_first, next_k, g, next_end, n, K, R, PAIRED)
             slot = gl.where(slot == (DEPTH - 1) * R * 2048, 0, slot + R * 2048)
-            next_first = gl.where(next_unit == UNITS - 1, next_first + R * STEP, next_first)
             next_unit = gl.where(next_unit == UNITS - 1, 0, next_unit + 1)
+        if claims is not None:
+            publish(numbers + block % 2 * 4, number, claims, gl.cdiv(n - own, SPAN) + gl.num_programs(0) - 1)
         for i in gl.static_range(R * COLUMNS):
             s = totals[i]
             four = gl.join(gl.join(s[0], s[2]), gl.join(s[1], s[3]))
@@ -162,6 +183,10 @@ def stream_product(  # noqa: PLR0912, PLR0915
         if norm is not None:
             if block == 0:
                 factors = factors_of_rows(squares, K, eps, ALONE, BF16, gl.SliceLayout(1, PAIR), WARPS)
+        tile = gl.program_id(0) * blocks + block
+        if claims is not None:
+            if first >= own:
+                tile = gl.num_programs(0) * blocks + (first - own) // SPAN
         for r in gl.static_range(R):
             row = (first + r * STEP + pair // 8)[:, None] + half * (0 if PAIRED else 8)
             for b in gl.static_range(COLUMNS):
@@ -169,18 +194,23 @@ def stream_product(  # noqa: PLR0912, PLR0915
                 if norm is not None:
                     y *= factors[b][:, None]
                 token = (pair % 8 + 8 * b)[:, None]
-                tile = (gl.program_id(0) * blocks + block) * R + r
-                finish(y, early[r * COLUMNS + b], tile, row, token, (row < end) & (token < tokens), n, extra)
+                here = (row < limit) & (token < tokens)
+                finish(y, early[r * COLUMNS + b], tile * R + r, row, token, here, n, extra)
+        block += 1
+        last = gl.where(block + AHEAD < blocks, begin + (block + AHEAD) * SPAN, NO_ROW)
+        if claims is not None:
+            if wanted:
+                last = own + published(numbers + (block - 1) % 2 * 4) * SPAN
+                last = gl.where(last < n, last, NO_ROW)
+        firsts = firsts[1:]
+        firsts += (last,)
     release(memory, WARPS)
 
 
-@gluon.jit
-def share(n, lead, SPAN: gl.constexpr, EVEN: gl.constexpr):
-    """Return where this program's rows begin and end, and its blocks of SPAN."""
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    begin = program * n // programs - lead * gl.minimum(program, programs - program)
-    end = (program + 1) * n // programs - lead * gl.minimum(program + 1, programs - program - 1)
-    return begin, end, gl.cdiv(gl.cdiv(n, programs) if EVEN else end - begin, SPAN)
+@gluon.constexpr_function
+def blocks_ahead(depth, units):
+    """Return how many blocks the copies may be ahead of the products, where a ring holds `depth` units."""
+    return (units - 1 + depth) // units
 
 
 @gluon.jit

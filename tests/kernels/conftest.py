@@ -21,7 +21,9 @@ KERNELS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
 )
 """Module, kernel, and what of its arguments the kernel ahead of it may have written."""
 
-TYPES = {"best": "*fp32", "ids": "*i32", "eps": "fp32"} | dict.fromkeys(("tokens", "n", "lead", "tiles"), "i32")
+TYPES = {"best": "*fp32", "ids": "*i32", "claims": "*i32", "eps": "fp32"} | dict.fromkeys(
+    ("tokens", "n", "own", "tiles"), "i32"
+)
 
 
 @pytest.fixture
@@ -40,6 +42,7 @@ def on_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
     yield choose
     torch.use_deterministic_algorithms(False)
+    assert not launch.workspace(torch.device("cpu")).any(), "tickets and claims are left at 0"
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def assert_streams(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             kernel, capability, arguments, constants | {"K": width, "bias": None}, warps=product.WARPS, **more
         )
         lines = product.WARPS * options["DEPTH"] * options["R"] * product.LINES
-        lines += triton.cdiv(width, 4 * product.WIDE) * product.WARPS if tokens == 1 else 0
+        lines += 1 + (triton.cdiv(width, 4 * product.WIDE) * product.WARPS if tokens == 1 else 0)
         support.assert_streams(compiled, 512 * lines, capability, shape.per_processor)
 
     return check

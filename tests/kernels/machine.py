@@ -152,6 +152,8 @@ class Threads:
             self._asynchronous(instruction, mask)
         elif name in ("ld", "st"):
             self._access(instruction, mask)
+        elif name == "atom":
+            self._atomic(instruction, mask)
         elif name in ("mma", "shfl", "redux", "ldmatrix", "stmatrix"):
             if mask is not self._everyone:
                 raise Fault("an instruction of whole warps that some threads skip")
@@ -226,6 +228,20 @@ class Threads:
         values = np.stack([self._read(name, kind) for name in registers], axis=1)
         data = np.ascontiguousarray(values[mask]).view(np.uint8)
         self._shared.write(places, data, threads) if "shared" in names else self._memory.write(places, data)
+
+    def _atomic(self, instruction: Instruction, mask: NDArray[np.bool_]) -> None:
+        """atom.add: one thread after the other."""
+        to, address, value = instruction.operands
+        if instruction.names[-3:] != ("global", "add", "u32"):
+            raise ptx.unknown(instruction)
+        places, added, old = self._places(address, 4, mask, shared=False), self._read(value, "u32")[mask], []
+        for place, more in zip(places, added, strict=True):
+            found = self._memory.read(place[None]).view(np.uint32)
+            old.append(found.item())
+            self._memory.write(place[None], (found + more).view(np.uint8).reshape(1, 4))
+        result = self._read(to, "u32").copy()
+        result[mask] = old
+        self._write(to, result, mask, "u32")
 
     def _places(self, address: Operand, size: int, mask: NDArray[np.bool_], shared: bool) -> NDArray[np.int64]:
         """Return the bytes that threads of a mask touch, [threads, size]."""

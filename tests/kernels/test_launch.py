@@ -20,7 +20,7 @@ def test_the_table_has_three_shapes_for_every_stage_of_a_gpu() -> None:
         for shapes in stages.values():
             assert len(shapes) == len(launch.DEFAULT)
             for shape in shapes:
-                assert min(shape.per_processor, shape.tiles, shape.depth) >= 1 and shape.lead >= 0, shape
+                assert min(shape.per_processor, shape.tiles, shape.depth) >= 1 and 0 <= shape.claimed < 100, shape
 
 
 def test_one_few_and_many_tokens_have_a_shape_each() -> None:
@@ -32,7 +32,7 @@ def test_one_few_and_many_tokens_have_a_shape_each() -> None:
 def test_a_ring_is_as_deep_as_processor_memory_allows(width: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def depth(processor: int, shape: Shape) -> int:
         monkeypatch.setattr(launch, "processor_memory", lambda device: processor)
-        return launch.fitted(shape, weight(4096, width), tokens, 4096).options["DEPTH"]
+        return launch.fitted(shape, weight(1 << 17, width), tokens, 1 << 17).options["DEPTH"]
 
     for shape in (Shape(1, 1, 40, 0), Shape(2, 1, 40, 0), Shape(2, 2, 40, 0)):
         a_unit = product.WARPS * shape.tiles * product.LINES * 512
@@ -42,11 +42,29 @@ def test_a_ring_is_as_deep_as_processor_memory_allows(width: int, tokens: int, m
     assert depth(228 << 10, Shape(1, 1, 3, 0)) == 3, "but no deeper than the shape says"
 
 
+def test_a_ring_is_no_deeper_than_a_programs_rows_take() -> None:
+    rows, shape = 40, Shape(1, 1, 5, 0)  # on two multiprocessors, so 20 rows a program, in two blocks
+    assert launch.fitted(shape, weight(rows, product.WIDE), 1, rows).options["DEPTH"] == 2
+    assert launch.fitted(shape, weight(rows, 2 * product.WIDE), 1, rows).options["DEPTH"] == 4
+
+
+@pytest.mark.parametrize("halves", [1, 2])
 @pytest.mark.parametrize("rows", [1, 37, 4096, 32003])
-@pytest.mark.parametrize("shape", [Shape(1, 1, 2, 0), Shape(2, 2, 2, 1000)])
-def test_tiles_are_enough_for_all_rows_and_shares_stay_positive(shape: Shape, rows: int) -> None:
-    launched = launch.fitted(shape, weight(rows, 512), 1, rows)
-    (programs,) = launched.grid
-    assert 1 <= programs <= max(1, -(-rows // (16 * shape.tiles)))
-    assert launched.tiles(rows) * 16 >= rows and launched.tiles(rows) % (programs * shape.tiles) == 0
-    assert 0 <= launched.lead <= rows / (4 * programs), "a share keeps more than half of its rows"
+@pytest.mark.parametrize("shape", [Shape(1, 1, 2, 0), Shape(2, 2, 2, 20), Shape(1, 1, 5, 60)])
+def test_all_rows_are_shared_out_or_claimed_by_blocks(shape: Shape, rows: int, halves: int) -> None:
+    launched = launch.fitted(shape, weight(halves * rows, 1024), 1, rows)
+    (programs,), span = launched.grid, 16 * shape.tiles // halves
+    assert 1 <= programs <= max(1, -(-rows // span))
+    assert launched.tiles * 16 // halves >= rows and launched.tiles % shape.tiles == 0
+    if launched.claims is None:
+        assert launched.own == rows
+        return
+    blocks, left = divmod(launched.own, programs * span)
+    assert left == 0 and shape.claimed / 100 * rows <= rows - launched.own
+    assert blocks > product.blocks_ahead(launched.options["DEPTH"], 2), "the copies never wait for a claim"
+
+
+def test_few_rows_are_not_claimed() -> None:
+    shape = Shape(1, 1, 5, 20)
+    assert launch.fitted(shape, weight(100, 1024), 1, 100).claims is None
+    assert launch.fitted(shape, weight(1000, 1024), 1, 1000).claims is not None

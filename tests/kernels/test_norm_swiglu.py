@@ -60,11 +60,11 @@ def test_memory_never_idles(tokens: int, capability: int, element: str, assert_s
 def test_on_the_machine_it_is_as_good_as_torch_with_the_same_bits_for_any_tokens(
     on_machine: Callable[..., None],
 ) -> None:
-    x, norm, gate_up = stage(37, 2120, 16, torch.bfloat16, "cpu", True)
+    x, norm, gate_up = stage(53, 2120, 16, torch.bfloat16, "cpu", True)
     exact = reference.norm_swiglu(x.double(), support.in_fp64(norm), support.in_fp64(gate_up))
     together = norm_swiglu(x, norm.weight, 1e-5, gate_up.weight, gate_up.bias)
     support.assert_as_good_as(together, reference.norm_swiglu(x, norm, gate_up), exact, "norm_swiglu")
-    for tokens, shape in ((5, Shape(1, 1, 2, 3)), (1, Shape(1, 1, 4, 0))):
+    for tokens, shape in ((5, Shape(1, 1, 2, 0)), (1, Shape(1, 1, 1, 40))):
         on_machine(shape)
         some = norm_swiglu(x[:, :tokens], norm.weight, 1e-5, gate_up.weight, gate_up.bias)
         assert torch.equal(some, together[:, :tokens]), f"{tokens} tokens"
