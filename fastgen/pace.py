@@ -15,6 +15,7 @@ than a few percent, however adversarial the text.
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from fastgen.prospect import Prospect
@@ -22,7 +23,7 @@ from fastgen.prospect import Prospect
 SHARE = 0.015
 """Time that trials may lose, as a share of plain decoding's; rests see to it that they lose less."""
 
-FREE_LOSS, MOST_GAIN = 1.0, 10.0
+FREE_LOSS, MOST_GAIN = 2.0, 10.0
 """In plain steps: what trials may lose from the start and have left for a new text, and what gains can be spent on them
 within a text."""
 
@@ -126,6 +127,18 @@ class FixedPace:
         """Learn nothing."""
 
 
+class Rehearsal(FixedPace):
+    """The same arm, for finding out what its rounds take."""
+
+    def __init__(self, arm: Arm) -> None:
+        super().__init__(arm)
+        self.seconds: list[float] = []
+
+    def record(self, arm: Arm, spent: Spent, tokens: Sequence[int]) -> None:
+        """Keep what a round took."""
+        self.seconds.append(spent.seconds)
+
+
 class LivePace:
     """Chooses the arm that is fastest now; see the module's docstring."""
 
@@ -137,11 +150,16 @@ class LivePace:
         assert PLAIN in seconds, "plain decoding is always a choice"
         self.arms: Sequence[Arm] = tuple(seconds)
         self._seconds, self._showing = dict(seconds), dict(showing or {})
+        self._step = self._seconds[PLAIN]  # as measured, but no round that was timed since is cheaper
         self._timings = dict.fromkeys(self.arms, 0)
-        self._untimed = dict.fromkeys(self.arms, 0.0)  # tokens since
-        most = max(arm.drafts for arm in self.arms)
-        self._prospects = {drafter: Prospect(most, hope) for drafter, hope in hopes.items()}
-        self._untimed[PLAIN] = STALE
+        self._tokens = 0.0  # that a row got so far
+        self._timed = dict.fromkeys(self.arms, 0.0)  # when, in these tokens
+        drafting = sorted(arm for arm in self.arms if arm != PLAIN)
+        self._arms_of = {drafter: [arm for arm in drafting if arm.drafter == drafter] for drafter in hopes}
+        self._fewer = {more: arm for arms in self._arms_of.values() for arm, more in pairwise(arms)}
+        self._prospects = {
+            drafter: Prospect(self._arms_of[drafter][-1].drafts, hope) for drafter, hope in hopes.items()
+        }
         self._budget = FREE_LOSS  # in plain steps
         self._queued: deque[float] = deque()  # what each round that is under way may lose of it
 
@@ -152,9 +170,10 @@ class LivePace:
 
     def choose(self, missed: Sequence[int]) -> Arm:
         """Return what to do next."""
-        arm = max((arm for arm in self.arms if self._is_open(arm, missed)), key=lambda arm: self._rate(arm, missed))
-        is_clear = self._rate(arm, missed) > CLEAR * self._rate(PLAIN)
-        return arm if is_clear or self._untimed[PLAIN] < STALE else PLAIN
+        rates = {arm: self._rate(arm, missed) for arm in self.arms if self._is_open(arm, missed)}
+        arm = max(rates, key=rates.__getitem__)
+        is_clear = rates[arm] > CLEAR * rates[PLAIN]
+        return arm if is_clear or self._tokens - self._timed[PLAIN] < STALE else PLAIN
 
     def queue(self, arm: Arm, missed: Sequence[int]) -> None:
         """Know that a round was begun."""
@@ -166,8 +185,7 @@ class LivePace:
         self._queued.popleft()
         for prospect in self._prospects.values():
             prospect.pass_by(mean)
-        for other in self.arms:
-            self._untimed[other] += mean
+        self._tokens += mean
         self._budget = min(self._budget + SHARE * mean, MOST_GAIN)
         round_seconds = spent.seconds - spent.showing
         if arm == PLAIN:
@@ -177,7 +195,7 @@ class LivePace:
             # An interruption of the machine's is the draft's fault in part only.
             believed = min(round_seconds, DISASTER * self._seconds[arm]) + self._showing_cost(arm, spent.missed)
             self._time(arm, round_seconds)
-            gain = mean - believed / self._step()
+            gain = mean - believed / self._step
             self._budget = min(self._budget + gain, MOST_GAIN)
             self._prospects[arm.drafter].record(arm.drafts, tokens, gain)
         for drafter, prospect in self._prospects.items():
@@ -191,11 +209,10 @@ class LivePace:
         prospect = self._prospects[arm.drafter]
         if prospect.resting or self._risk(arm, missed) > self._budget - sum(self._queued):
             return False
-        fewer = max(
-            (other for other in self.arms if PLAIN != other < arm and other.drafter == arm.drafter), default=None
-        )
-        pays = fewer is not None and self._rate(fewer) > self._rate(PLAIN)
-        return fewer is None or not pays or prospect.acceptance.reached(fewer.drafts - 1)
+        fewer = self._fewer.get(arm)
+        if fewer is None or prospect.acceptance.reached(fewer.drafts - 1):
+            return True
+        return self._rate(fewer) <= self._rate(PLAIN)
 
     def _is_promising(self, drafter: int) -> bool:
         """Return whether some number of a drafter's drafts should be faster than plain decoding.
@@ -203,28 +220,24 @@ class LivePace:
         Costs are doubted before a trial only: drafts that are refused are not worth finding out what they cost.
         """
         doubting = not self._prospects[drafter].acceptance.reached(0)
-        arms = [arm for arm in self.arms if arm != PLAIN and arm.drafter == drafter]
-        return any(self._rate(arm, doubting=doubting) > WORTH * self._rate(PLAIN) for arm in arms)
+        worth = WORTH * self._rate(PLAIN)
+        return any(self._rate(arm, doubting=doubting) > worth for arm in self._arms_of[drafter])
 
     def _risk(self, arm: Arm, missed: Sequence[int]) -> float:
         """Return the plain steps that are lost if all drafts are refused."""
         if arm == PLAIN:
             return 0.0
         cost = self._seconds[arm] + self._showing_cost(arm, missed)
-        return cost / self._step() - 1
+        return cost / self._step - 1
 
     def _rate(self, arm: Arm, missed: Sequence[int] = (), *, doubting: bool = True) -> float:
         """Return the tokens a second that the arm should give."""
         if arm == PLAIN:
-            return 1 / self._step()
-        certain = self._timings[arm] >= CERTAIN
-        doubt = DOUBT ** (self._untimed[arm] / (SLOWLY_DOUBTING if certain else DOUBTING)) if doubting else 1.0
-        seconds = max(self._seconds[arm] * doubt, self._step()) + self._showing_cost(arm, missed) / STAY
+            return 1 / self._step
+        certain, untimed = self._timings[arm] >= CERTAIN, self._tokens - self._timed[arm]
+        doubt = DOUBT ** (untimed / (SLOWLY_DOUBTING if certain else DOUBTING)) if doubting else 1.0
+        seconds = max(self._seconds[arm] * doubt, self._step) + self._showing_cost(arm, missed) / STAY
         return self._prospects[arm.drafter].acceptance.tokens(arm.drafts) / seconds
-
-    def _step(self) -> float:
-        """Return the seconds of a plain step: as measured, but no round that was timed since is cheaper."""
-        return min(self._seconds[arm] for arm in self.arms if arm == PLAIN or self._timings[arm] >= CERTAIN)
 
     def _showing_cost(self, arm: Arm, missed: Sequence[int]) -> float:
         """Return the seconds that showing the arm's drafter chunks of these widths takes."""
@@ -233,11 +246,12 @@ class LivePace:
     def _time(self, arm: Arm, seconds: float) -> None:
         """Let an arm's cost follow a timing; a plain step that got slower or faster says the same of every arm."""
         self._timings[arm] += 1
-        self._untimed[arm] = 0.0
+        self._timed[arm] = self._tokens
         weight = max(FOLLOWING, 1 / (self._timings[arm] + 2))
         believed = min(max(seconds / self._seconds[arm], 1 / OUTLIER), OUTLIER)
         for other in self.arms if arm == PLAIN else (arm,):
             self._seconds[other] *= 1 + weight * (believed - 1)
+        self._step = min(self._seconds[arm] for arm in self.arms if arm == PLAIN or self._timings[arm] >= CERTAIN)
 
     def _learn_showing(self, spent: Spent) -> None:
         expected = sum(self._showing.get(width, 0.0) for width in spent.missed)

@@ -32,29 +32,39 @@ class Acceptance:
     def __init__(self, places: int, hope: float) -> None:
         self._hope = hope
         self._tried, self._kept = [0.0] * places, [0.0] * places
-        self._expected = self._expect()
+        self._passed = 0.0  # tokens for which the counts are still to fade
+        self._expected: list[float] = []  # by the number of drafts; empty where it is to be computed anew
 
     def forget(self, tokens: float) -> None:
         """Let the counts fade by so many tokens."""
-        fade = MEMORY**tokens
-        self._tried = [count * fade for count in self._tried]
-        self._kept = [count * fade for count in self._kept]
-        self._expected = self._expect()
+        self._passed += tokens
+        self._expected = []
 
     def record(self, drafted: int, accepted: int) -> None:
         """Count a round in which `accepted` of `drafted` tokens stayed."""
+        self._fade()
         for place in range(min(accepted + 1, drafted)):
             self._tried[place] += 1
             self._kept[place] += place < accepted
-        self._expected = self._expect()
+        self._expected = []
 
     def reached(self, place: int) -> bool:
         """Return whether drafts got as far as this place, 0 the first, lately."""
+        self._fade()
         return self._tried[place] > LATELY
 
     def tokens(self, drafted: int) -> float:
         """Return how many tokens a round of so many drafts should give."""
+        if not self._expected:
+            self._fade()
+            self._expected = self._expect()
         return self._expected[drafted]
+
+    def _fade(self) -> None:
+        if self._passed:
+            fade, self._passed = MEMORY**self._passed, 0.0
+            self._tried = [count * fade for count in self._tried]
+            self._kept = [count * fade for count in self._kept]
 
     def _expect(self) -> list[float]:
         overall = (sum(self._kept) + self._hope * HOPE_WEIGHT) / (sum(self._tried) + HOPE_WEIGHT)

@@ -48,9 +48,10 @@ class Mark(NamedTuple):
     device: torch.cuda.Event | None
 
     def until(self, later: "Mark") -> float:
-        """Return the seconds to a later moment, which the device must have passed."""
+        """Return the seconds to a later moment; waits for a device that has not passed it."""
         if self.device is None or later.device is None:
             return later.host - self.host
+        later.device.synchronize()
         return self.device.elapsed_time(later.device) / 1e3
 
 

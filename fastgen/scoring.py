@@ -117,7 +117,8 @@ def _hidden(model: LoadedModel, tokens: Sequence[int], chunk: int) -> Tensor:
 
 @torch.inference_mode()
 def _log_probabilities(model: LoadedModel, hidden: Tensor) -> Tensor:
-    return torch.log_softmax(model.transformer.logits(hidden), dim=-1)
+    """Return [T, V] of hidden states [T, D], the head's of one text."""
+    return torch.log_softmax(model.transformer.logits(hidden[None])[0], dim=-1)
 
 
 def check_windows(count: int, *, width: int, stride: int | None, limit: int) -> None:

@@ -25,7 +25,18 @@ from fastgen.drafters import NgramDrafter
 from fastgen.engine import Engine, StepTokens
 from fastgen.load import LoadedModel
 from fastgen.options import GenerationOptions, SamplingOptions
-from fastgen.pace import MODEL_HOPE, NGRAM_HOPE, PLAIN, Arm, FixedPace, LivePace, Pace, Spent, cheapest_chunks
+from fastgen.pace import (
+    MODEL_HOPE,
+    NGRAM_HOPE,
+    PLAIN,
+    Arm,
+    FixedPace,
+    LivePace,
+    Pace,
+    Rehearsal,
+    Spent,
+    cheapest_chunks,
+)
 from fastgen.readback import Mark, Readback, mark
 from fastgen.rounds import SPARE, WIDTHS, Round, Rounds, width_of
 from fastgen.speculation import AUTO, Speculation, check, make_arms, make_drafters, own_model
@@ -38,8 +49,9 @@ SMALLEST = 40
 AHEAD = 2 * WIDTHS[-1]
 """Tokens by which the device can be ahead of what the host has read."""
 
-CALIBRATIONS, CALIBRATION_SECONDS = 9, 1.0
-"""How often every round is timed before the first text, and after what time less often."""
+CALIBRATIONS, CALIBRATION_SECONDS, REHEARSED = 9, 1.0, 2
+"""How often every round is timed before the first text, after what time less often, and which of several in a row
+counts on a GPU."""
 
 
 class Token(NamedTuple):
@@ -111,6 +123,8 @@ class SpeculativeEngine(Engine):
         arms = self.arms if self.pace else (*self.arms, PLAIN)
         for bound in self._bounds():
             jobs += [partial(self._warm_arm, arm, bound, options) for arm in arms]
+        if self.device.type == "cuda":
+            jobs += [partial(self._rounds.show, 0, 0, width) for width in self._shown_widths()]
         return [*jobs, partial(self._calibrate, options)]
 
     def _bounds(self) -> list[int]:
@@ -123,7 +137,7 @@ class SpeculativeEngine(Engine):
 
     def _warm_arm(self, arm: Arm, filled: int, options: GenerationOptions) -> None:
         self._start(self._idle_rows(filled - 1, options), options)
-        self._launch(arm, filled, options, None)
+        self._launch(arm, filled, options)
 
     def _calibrate(self, options: GenerationOptions) -> None:
         """Measure what `auto` chooses by: rounds of every arm in turn, a few times over; the best of each counts."""
@@ -150,16 +164,17 @@ class SpeculativeEngine(Engine):
         self._texts, self._drafted = [], 0
 
     def _time_round(self, arm: Arm, options: GenerationOptions) -> float:
-        """Return the seconds of a round. On a GPU that is one that was queued while another ran: the launches of the
-        first, which the device waits for, are no cost of those that follow."""
-        self._start(self._idle_rows(self._smallest, options), options)
-        self._drafted, self._behind = self._smallest, False
-        launch: Launch | None = None
-        for _ in range(2 if self.device.type == "cuda" else 1):
-            _, launch = self._launch(arm, self._smallest + AHEAD, options, launch.end if launch else None)
-        assert launch, "something was launched"
+        """Return the seconds of a round in the midst of others. On a GPU the first is launched while the device waits,
+        the next while the host has nothing to read: neither costs what those that follow do."""
+        rehearsal = self.pace = Rehearsal(arm)
+        rows = self._idle_rows(self._smallest, options)
+        self._drafted = self._smallest
+        for _ in self._decode(rows, Choice(rows.token, None), self._smallest, options):
+            if len(rehearsal.seconds) >= (REHEARSED if self.device.type == "cuda" else 1):
+                break
+        self.pace = None
         synchronize(self.device)
-        return launch.start.until(launch.end)
+        return rehearsal.seconds[-1]
 
     def _time_showing(self, width: int) -> float:
         """Return the seconds that it takes to show the draft a chunk of text."""
@@ -206,16 +221,16 @@ class SpeculativeEngine(Engine):
         yield StepTokens(first.token.tolist(), first.logprob.tolist() if first.logprob is not None else None)
         queues: list[deque[Token]] = [deque() for _ in places]
         readback: Readback[Round, Launch] = Readback(self.device)
-        previous: Mark | None = None
         while True:
             filled = max(places) + 1 + sum(launch.tokens for launch in readback.waiting())
             missed = self._missed(filled - 1)
             arm = self._choose([width for _, width in missed])
-            round_, launch = self._launch(arm, filled, options, previous)
+            round_, launch = self._launch(arm, filled, options)
             self.pace.queue(arm, launch.missed)
-            previous = launch.end
             for done, its_launch in readback.push(round_, launch):
-                counts = self._take(done, its_launch, queues)
+                # A device that had to wait for the next round waited because this one was so short.
+                end = launch.end if launch is its_launch else launch.start
+                counts = self._take(done, its_launch, end, queues)
                 places = [place + count for place, count in zip(places, counts, strict=True)]
                 if not self._behind:
                     self._drafted = min(places) - 1
@@ -247,11 +262,10 @@ class SpeculativeEngine(Engine):
             self._rounds.show(0, start, width)
         self._behind = False
 
-    def _launch(self, arm: Arm, filled: int, options: GenerationOptions, previous: Mark | None) -> tuple[Round, Launch]:
-        """Queue a round for texts of at most `filled` tokens; it counts from the end of the `previous` one on a GPU,
-        whose idle time is a cost too."""
+    def _launch(self, arm: Arm, filled: int, options: GenerationOptions) -> tuple[Round, Launch]:
+        """Queue a round for texts of at most `filled` tokens."""
         filled = min(filled, self._most_filled())
-        start = shown = previous if previous and previous.device else mark(self.device)
+        start = shown = mark(self.device)
         missed: Sequence[tuple[int, int]] = ()
         if arm == PLAIN or not self.drafters[arm.drafter].steps:
             self._behind = True
@@ -272,7 +286,7 @@ class SpeculativeEngine(Engine):
         """Return how many tokens a text can have before it is read and ended."""
         return self.max_seq_len + 2 * AHEAD
 
-    def _take(self, done: Round, launch: Launch, queues: list["deque[Token]"]) -> list[int]:
+    def _take(self, done: Round, launch: Launch, end: Mark, queues: list["deque[Token]"]) -> list[int]:
         """Put a round's tokens into the rows' queues, learn from it, and return how many each row got."""
         tokens: list[list[int]] = done.tokens.tolist()
         counts = [launch.tokens] * len(tokens) if done.counts is None else done.counts.tolist()
@@ -282,7 +296,7 @@ class SpeculativeEngine(Engine):
                 drafted = bool(launch.arm.drafts) and at < count - 1
                 queues[row].append(Token(tokens[row][at], logprobs[row][at] if logprobs else None, drafted))
         assert self.pace, "there is a pace once there are rounds"
-        spent = Spent(launch.start.until(launch.end), launch.start.until(launch.shown), launch.missed)
+        spent = Spent(launch.start.until(end), launch.start.until(launch.shown), launch.missed)
         self.pace.record(launch.arm, spent, counts)
         self.tally.record(launch, counts)
         return counts

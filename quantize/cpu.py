@@ -18,8 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantize.tokens import FEW
-
 SOURCE = Path(__file__).with_name("cpu_product.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 INT4_BLOCK, INT8_BLOCK = 64, 32  # weights of a row that are unpacked together
@@ -119,7 +117,6 @@ def _int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     library = _library()
     assert library is not None, "the kernel was there when the model was loaded"
     (rows, columns), tokens = weight.shape, x.shape[0]
-    assert tokens <= FEW, "the kernels have room for the sums of so many"
     y = x.new_empty(tokens, rows)
     sizes = [ctypes.c_int64(size) for size in (tokens, rows, columns)]
     library.int8_product(*map(_pointer, (x, weight, scale, y)), *sizes, torch.get_num_threads())
@@ -136,7 +133,6 @@ def _int4_product(x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor) -> T
     library = _library()
     assert library is not None, "the kernel was there when the model was loaded"
     (rows, words), tokens = packed.shape, x.shape[0]
-    assert tokens <= FEW, "the kernels have room for the sums of so many"
     y = x.new_empty(tokens, rows)
     sizes = [ctypes.c_int64(size) for size in (tokens, rows, 8 * words, 8 * words // scale.shape[1])]
     library.int4_product(*map(_pointer, (x, packed, scale, offset, y)), *sizes, torch.get_num_threads())

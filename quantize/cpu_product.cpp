@@ -6,7 +6,7 @@
 //
 // A vector of 32 bytes, a unit, is seen as 16 lanes of 16 bits, each with PARTS weights (4 of 4 bits, 2 of 8; layouts:
 // int4.py, int8.py). The i-th weights of all lanes are cut out together, so x is laid out by [unit][i][lane]. A unit is
-// unpacked once for all tokens. A token's sum is formed in one order, whatever the number of tokens beside it, so it
+// unpacked once for four tokens. A token's sum is formed in one order, whatever the number of tokens beside it, so it
 // has the same bits alone and among others (compiled without contraction to fused multiply-adds, which is the
 // compiler's whim).
 
@@ -19,7 +19,8 @@
 
 namespace {
 
-constexpr int SHORT_LANES = 16, LANES = 8, MAX_TOKENS = 16, UNIT_BYTES = 32;
+constexpr int SHORT_LANES = 16, LANES = 8, UNIT_BYTES = 32;
+constexpr int64_t TILE = 4, BLOCK = 32;  // tokens whose sums stay in registers, and that are rounded together
 constexpr float LARGEST = 32767;
 
 typedef float Floats __attribute__((vector_size(UNIT_BYTES)));
@@ -118,44 +119,70 @@ struct Sizes {
   int64_t tokens, rows, columns, groups, step_size;
 };
 
-// TOKENS: how many, known to the compiler; 0: `size.tokens`. int8 has one group, int4 an offset a group.
+// One row times TOKENS tokens, from the block's `first` on.
 template <int BITS, int TOKENS, bool TWO>
-void multiply(const Activations& x, const void* packed, const float* scale, const float* offset, float* y, Sizes size,
-              int threads) {
-  const int64_t steps = size.columns / size.step_size, tokens = TOKENS ? TOKENS : size.tokens;
-  const int64_t units = size.step_size / (SHORT_LANES * PARTS<BITS>);
+inline void multiply_row(const Activations& x, const char* unit, const float* scale, const float* offset, float* y,
+                         Sizes size, int64_t row, int64_t first) {
+  const int64_t steps = size.columns / size.step_size, units = size.step_size / (SHORT_LANES * PARTS<BITS>);
+  const int16_t* values = x.values.data() + first * size.columns;
+  Floats total[TOKENS] = {};
+  for (int64_t step = 0; step < steps; ++step) {
+    Words product[TOKENS] = {};
+    for (int64_t i = 0; i < units; ++i, unit += UNIT_BYTES, values += SHORT_LANES * PARTS<BITS>) {
+      const Shorts lanes = load<Shorts>(unit);
+      Shorts weights[PARTS<BITS>];
+      for (int part = 0; part < PARTS<BITS>; ++part) weights[part] = weights_of<BITS>(lanes, part);
+      for (int token = 0; token < TOKENS; ++token) {
+        const int16_t* those = values + token * size.columns;
+        for (int part = 0; part < PARTS<BITS>; ++part) {
+          product[token] += pair_sums(weights[part], load<Shorts>(those + part * SHORT_LANES));
+        }
+      }
+    }
+    for (int token = 0; token < TOKENS; ++token) {
+      const int64_t at = (first + token) * steps + step;
+      const Floats sums = __builtin_convertvector(product[token], Floats);
+      if (BITS == 8) {
+        total[token] += sums * x.scales[at];
+      } else {
+        total[token] += sums * (per_lane<TWO>(scale + row * size.groups, step) * x.scales[at]) -
+                        per_lane<TWO>(offset + row * size.groups, step) * x.sums[at];
+      }
+    }
+  }
+  for (int token = 0; token < TOKENS; ++token) {
+    y[(first + token) * size.rows + row] = BITS == 8 ? sum(total[token]) * scale[row] : sum(total[token]);
+  }
+}
+
+// SINGLE: there is one token, as in decoding, which is a tenth faster if the compiler knows.
+template <int BITS, bool TWO, bool SINGLE>
+void multiply_rows(const Activations& x, const void* packed, const float* scale, const float* offset, float* y,
+                   Sizes size, int64_t tokens, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < size.rows; ++row) {
-    const char* unit = static_cast<const char*>(packed) + row * steps * units * UNIT_BYTES;
-    const int16_t* values = x.values.data();
-    Floats total[TOKENS ? TOKENS : MAX_TOKENS] = {};
-    for (int64_t step = 0; step < steps; ++step) {
-      Words product[TOKENS ? TOKENS : MAX_TOKENS] = {};
-      for (int64_t i = 0; i < units; ++i, unit += UNIT_BYTES, values += SHORT_LANES * PARTS<BITS>) {
-        const Shorts lanes = load<Shorts>(unit);
-        Shorts weights[PARTS<BITS>];
-        for (int part = 0; part < PARTS<BITS>; ++part) weights[part] = weights_of<BITS>(lanes, part);
-        for (int64_t token = 0; token < tokens; ++token) {
-          const int16_t* those = values + token * size.columns;
-          for (int part = 0; part < PARTS<BITS>; ++part) {
-            product[token] += pair_sums(weights[part], load<Shorts>(those + part * SHORT_LANES));
-          }
-        }
-      }
-      for (int64_t token = 0; token < tokens; ++token) {
-        const int64_t at = token * steps + step;
-        const Floats sums = __builtin_convertvector(product[token], Floats);
-        if (BITS == 8) {
-          total[token] += sums * x.scales[at];
-        } else {
-          total[token] += sums * (per_lane<TWO>(scale + row * size.groups, step) * x.scales[at]) -
-                          per_lane<TWO>(offset + row * size.groups, step) * x.sums[at];
-        }
-      }
+    const char* unit = static_cast<const char*>(packed) + row * (size.columns * BITS / 8);
+    if (SINGLE) {
+      multiply_row<BITS, 1, TWO>(x, unit, scale, offset, y, size, row, 0);
+      continue;
     }
-    for (int64_t token = 0; token < tokens; ++token) {
-      y[token * size.rows + row] = BITS == 8 ? sum(total[token]) * scale[row] : sum(total[token]);
+    int64_t token = 0;
+    for (; token + TILE <= tokens; token += TILE) {
+      multiply_row<BITS, TILE, TWO>(x, unit, scale, offset, y, size, row, token);
     }
+    for (; token < tokens; ++token) multiply_row<BITS, 1, TWO>(x, unit, scale, offset, y, size, row, token);
+  }
+}
+
+// int8 has one group, int4 an offset a group.
+template <int BITS, bool TWO>
+void multiply(const float* x, const void* packed, const float* scale, const float* offset, float* y, Sizes size,
+              int threads) {
+  for (int64_t first = 0; first < size.tokens; first += BLOCK, x += BLOCK * size.columns, y += BLOCK * size.rows) {
+    const int64_t tokens = std::min(size.tokens - first, BLOCK);
+    const Activations block = rounded<BITS>(x, tokens, size.columns, size.step_size);
+    auto run = tokens == 1 ? multiply_rows<BITS, TWO, true> : multiply_rows<BITS, TWO, false>;
+    run(block, packed, scale, offset, y, size, tokens, threads);
   }
 }
 
@@ -163,22 +190,18 @@ void multiply(const Activations& x, const void* packed, const float* scale, cons
 
 extern "C" {
 
-// x: [tokens][columns], at most 16 tokens; packed: [rows][columns / 8]; scale, and offset = (8 + zero point) * scale:
+// x: [tokens][columns]; packed: [rows][columns / 8]; scale, and offset = (8 + zero point) * scale:
 // [rows][columns / group]; y: [tokens][rows]. A group is 32, 64, 128 or 256; columns are a multiple of it and of 64.
 void int4_product(const float* x, const int32_t* packed, const float* scale, const float* offset, float* y,
                   int64_t tokens, int64_t rows, int64_t columns, int64_t group, int threads) {
   const Sizes size{tokens, rows, columns, columns / group, std::max<int64_t>(group, 64)};
-  auto run = group < 64 ? (tokens == 1 ? multiply<4, 1, true> : multiply<4, 0, true>)
-                        : (tokens == 1 ? multiply<4, 1, false> : multiply<4, 0, false>);
-  run(rounded<4>(x, tokens, columns, size.step_size), packed, scale, offset, y, size, threads);
+  (group < 64 ? multiply<4, true> : multiply<4, false>)(x, packed, scale, offset, y, size, threads);
 }
 
-// x: [tokens][columns], at most 16 tokens; weight: [rows][columns], columns a multiple of 32; scale: [rows];
-// y: [tokens][rows].
+// x: [tokens][columns]; weight: [rows][columns], columns a multiple of 32; scale: [rows]; y: [tokens][rows].
 void int8_product(const float* x, const int8_t* weight, const float* scale, float* y, int64_t tokens, int64_t rows,
                   int64_t columns, int threads) {
   const Sizes size{tokens, rows, columns, 1, columns % 128 ? 32 : 128};
-  auto run = tokens == 1 ? multiply<8, 1, false> : multiply<8, 0, false>;
-  run(rounded<8>(x, tokens, columns, size.step_size), weight, scale, nullptr, y, size, threads);
+  multiply<8, false>(x, weight, scale, nullptr, y, size, threads);
 }
 }

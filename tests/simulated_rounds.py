@@ -2,6 +2,7 @@
 
 Costs are in steps of plain decoding. As on a GPU, rounds are queued one behind the device: what a round gave is known
 only once the next was begun; plain steps come in bursts, and a draft model has to be shown what was decoded without it.
+The host takes its time to read a round and to queue the next: a device whose rounds are shorter waits for it.
 The pace reads timings that are noisy, and was told prices that may be wrong; time is reckoned without the noise.
 """
 
@@ -9,7 +10,7 @@ import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fastgen.pace import MODEL_HOPE, NGRAM_HOPE, PLAIN, Arm, LivePace, Spent, cheapest_chunks
@@ -30,6 +31,11 @@ class Machine:
     showing: Mapping[int, float]
     burst: int
     lag: int  # rounds that are queued before the oldest is read
+    host: float = 0.0  # what the host needs to read a round and to queue another
+
+    def rehearsed(self) -> dict[Arm, float]:
+        """Return what rounds of every arm cost one after the other, and a plain step."""
+        return {arm: 1.0 if arm == PLAIN else max(cost, self.host) for arm, cost in self.costs().items()}
 
     def costs(self) -> dict[Arm, float]:
         """Return what a round of every arm costs, and a plain step."""
@@ -37,9 +43,12 @@ class Machine:
         return {PLAIN: 1.0} | model | {Arm(1, count): self.verify[count + 1] + self.ngram for count in (3, 7, 15)}
 
 
+# As the built-in pair on a GPU, whose launches weigh as much as its weights.
+TINY = Machine({2: 1.33, 4: 1.36, 8: 1.4, 16: 1.5}, 0.47, 0.15, {16: 0.6, 128: 3.0, 1024: 6.0}, 8, 1)
+
 MACHINES = {
-    # As the built-in pair on a GPU, whose launches weigh as much as its weights.
-    "tiny": Machine({2: 1.33, 4: 1.36, 8: 1.4, 16: 1.5}, 0.47, 0.15, {16: 0.6, 128: 3.0, 1024: 6.0}, 8, 1),
+    "tiny": TINY,
+    "tiny, slow host": replace(TINY, host=4.0),
     "7B": Machine({2: 1.03, 4: 1.06, 8: 1.12, 16: 1.2}, 0.066, 0.02, {16: 0.08, 128: 0.1, 1024: 0.4}, 2, 1),
     "7B int4": Machine({2: 1.1, 4: 1.15, 8: 1.25, 16: 1.4}, 0.1, 0.04, {16: 0.15, 128: 0.2, 1024: 0.8}, 8, 1),
     "CPU": Machine({2: 1.15, 4: 1.35, 8: 1.7, 16: 2.3}, 0.25, 0.05, {16: 0.5, 128: 1.3, 1024: 10.0}, 1, 0),
@@ -57,7 +66,9 @@ class Run(NamedTuple):
 
 class _Round(NamedTuple):
     arm: Arm
-    spent: Spent
+    spent: list[float]
+    showing: float
+    missed: Sequence[int]
     tokens: int
 
 
@@ -73,14 +84,14 @@ def simulate(
     kind, chance = MACHINES[machine], random.Random(seed)
     costs = kind.costs()
     pace = LivePace(
-        {arm: cost * price(arm) * STEP_SECONDS for arm, cost in costs.items()},
+        {arm: cost * price(arm) * STEP_SECONDS for arm, cost in kind.rehearsed().items()},
         {0: MODEL_HOPE, 1: NGRAM_HOPE},
         {width: cost * STEP_SECONDS for width, cost in kind.showing.items()},
     )
     speeds, arms, before = [], Counter(), 0
     for length in lengths:
         pace.begin()
-        at, shown, spent = 0, 0, 0.0
+        at, shown, ends, ready = 0, 0, [0.0], 0.0  # `ends` are the device's times, `ready` is the host's
         under_way: deque[_Round] = deque()
         while at < length:
             missed = [width for _, width in cheapest_chunks(shown, at, 1 << 20, kind.showing)]
@@ -93,15 +104,20 @@ def simulate(
             while tokens <= arm.drafts and chance.random() < text(arm.drafter, before + at):
                 tokens += 1
             showing = sum(kind.showing[width] for width in missed)
-            at, spent, arms[arm] = at + tokens, spent + cost + showing, arms[arm] + 1
+            at, arms[arm] = at + tokens, arms[arm] + 1
             shown = at if arm != PLAIN and arm.drafter == 0 else shown
+            idle = max(0.0, ready - ends[-1])
+            if under_way:  # what the device waited for a round is counted to the one before
+                under_way[-1].spent.append(idle * STEP_SECONDS)
+            ends.append(ends[-1] + idle + cost + showing)
+            ready = max(ready, ends[max(0, len(ends) - 1 - kind.lag)]) + kind.host
             scatter = math.exp(chance.gauss(0, noise)) * (chance.uniform(3, 50) if chance.random() < spikes else 1)
             seconds = (cost * scatter + showing) * STEP_SECONDS
-            under_way.append(_Round(arm, Spent(seconds, showing * STEP_SECONDS, missed), tokens))
+            under_way.append(_Round(arm, [seconds], showing * STEP_SECONDS, missed, tokens))
             if len(under_way) > kind.lag:
                 done = under_way.popleft()
-                pace.record(done.arm, done.spent, [done.tokens])
-        speeds.append(at / spent)
+                pace.record(done.arm, Spent(sum(done.spent), done.showing, done.missed), [done.tokens])
+        speeds.append(at / ends[-1])
         before += at
     return Run(speeds, arms)
 

@@ -53,7 +53,7 @@ def test_a_drafter_that_cannot_pay_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("machine", "chance", "least"),
     [("7B", 0.5, 0.95), ("7B", 0.8, 0.95), ("7B", 0.97, 0.97), ("7B int4", 0.8, 0.93), ("7B int4", 0.97, 0.97),
-     ("CPU", 0.8, 0.9), ("CPU", 0.97, 0.97)],
+     ("CPU", 0.8, 0.9), ("CPU", 0.97, 0.97), ("tiny", 0.95, 0.93)],
 )  # fmt: skip
 def test_the_best_number_of_drafts_is_found(machine: str, chance: float, least: float) -> None:
     run = simulate(machine, lambda drafter, at: chance if drafter == 0 else 0.0, [3000])
@@ -84,12 +84,12 @@ def test_a_drafter_that_failed_is_tried_again_and_seldomer_each_time(machine: st
 
 
 def test_a_round_is_begun_only_if_all_that_are_under_way_can_be_paid_for() -> None:
-    """One plain step may be lost from the start; a round of 1.9 loses 0.9 if nothing of it stays."""
-    pace = LivePace({PLAIN: 1.0, Arm(0, 3): 1.9}, {0: MODEL_HOPE})
+    """Two plain steps may be lost from the start; a round of 2.5 loses 1.5 if nothing of it stays."""
+    pace = LivePace({PLAIN: 1.0, Arm(0, 3): 2.5}, {0: MODEL_HOPE})
     assert pace.choose([]) == Arm(0, 3)
     pace.queue(Arm(0, 3), [])
     assert pace.choose([]) == PLAIN
-    pace.record(Arm(0, 3), Spent(1.9), [4])
+    pace.record(Arm(0, 3), Spent(2.5), [4])
     assert pace.choose([]) == Arm(0, 3)
     pace.queue(Arm(0, 3), [])
     assert pace.choose([]) == Arm(0, 3), "what it gained can be spent"
@@ -101,16 +101,16 @@ def test_a_round_is_begun_only_if_all_that_are_under_way_can_be_paid_for() -> No
 
 def test_showing_a_draft_what_it_missed_counts() -> None:
     """As a part of what a round may lose, and in the choice, where it is shared by the rounds that follow."""
-    costs, showing = {PLAIN: 1.0, Arm(0, 3): 1.4, Arm(1, 3): 1.9}, {16: 0.5, 128: 1.1}
+    costs, showing = {PLAIN: 1.0, Arm(0, 3): 1.4, Arm(1, 3): 1.9}, {16: 0.5, 128: 1.7}
     pace = LivePace(costs, {0: MODEL_HOPE, 1: MODEL_HOPE}, showing)
     assert pace.choose([]) == pace.choose([16]) == Arm(0, 3)
-    assert pace.choose([128]) == Arm(1, 3), "0.5 + 1.1 are more than may be lost; the other drafter has missed nothing"
+    assert pace.choose([128]) == Arm(1, 3), "0.4 + 1.7 are more than may be lost; the other drafter has missed nothing"
     close = LivePace(costs | {Arm(1, 3): 1.45}, {0: MODEL_HOPE, 1: MODEL_HOPE}, showing)
     assert (close.choose([]), close.choose([16])) == (Arm(0, 3), Arm(1, 3)), "1.4 + 0.5 / 4 are more than 1.45"
     for _ in range(300):
         pace.queue(Arm(0, 3), [16])
         pace.record(Arm(0, 3), Spent(1.4 + 1.2, 1.2, [16]), [4])
-    assert pace._showing == {16: pytest.approx(1.2, rel=0.01), 128: 1.1}
+    assert pace._showing == {16: pytest.approx(1.2, rel=0.01), 128: 1.7}
     assert pace._seconds[Arm(0, 3)] == pytest.approx(1.4)
 
 
@@ -126,7 +126,7 @@ def test_what_a_round_took_is_lost_though_it_was_thought_cheap() -> None:
     pace = LivePace({PLAIN: 1.0, Arm(0, 3): 1.1}, {0: MODEL_HOPE})
     pace.queue(Arm(0, 3), [])
     pace.record(Arm(0, 3), Spent(2.4), [1])
-    assert pace._budget == pytest.approx(1.0 + 0.015 - 1.4)
+    assert pace._budget == pytest.approx(2.0 + 0.015 - 1.4)
 
 
 def test_a_plain_step_that_slowed_down_says_so_of_every_arm() -> None:
@@ -154,17 +154,17 @@ def test_plain_steps_are_timed_again_unless_drafting_is_clearly_faster() -> None
             arms.append(pace.choose([]))
             pace.queue(arms[-1], [])
             pace.record(arms[-1], Spent(1.0 if arms[-1] == PLAIN else cost), [1 if arms[-1] == PLAIN else 2])
-        assert arms.count(PLAIN) == (0 if is_clear else 3), cost
+        assert arms.count(PLAIN) == (0 if is_clear else 2), cost
 
 
 def test_no_round_that_was_timed_is_cheaper_than_a_plain_step() -> None:
     """A step that seems dearer than rounds was measured wrong; else drafts would seem to pay though none stays."""
     pace = LivePace({PLAIN: 1.5, Arm(0, 3): 1.1}, {0: 0.0})
-    assert pace._step() == 1.5
+    assert pace._step == 1.5
     for _ in range(CERTAIN):
         pace.queue(Arm(0, 3), [])
         pace.record(Arm(0, 3), Spent(1.1), [1])
-    assert pace._step() == pytest.approx(1.1)
+    assert pace._step == pytest.approx(1.1)
     assert pace.choose([]) == PLAIN
 
 

@@ -90,8 +90,8 @@ def test_linears_compute_what_their_weights_say(weight_format: WeightFormat, dty
         x = torch.randn(2, tokens, 512, generator=generator).to(dtype)
         expected = F.linear(x.float(), exact, bias)
         error = (linear(x).float() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
-        few = 2 * tokens <= 16
-        assert error < (1e-5 if dtype is torch.float32 and not few else 1e-2)
+        rounded = 1e-4 if tokens <= 16 else 1e-5  # a few tokens of each text go through kernels of 16 bits
+        assert error < (rounded if dtype is torch.float32 else 1e-2)
         assert linear(x).dtype is dtype
 
 
@@ -116,7 +116,7 @@ def test_without_a_compiler_pytorchs_kernels_give_the_same_up_to_bf16(
     linear = make_linear(weight_format, stored, None, torch.float32)
     assert type(linear.cpu_product).__name__.startswith("Aten")
     assert (linear(x) - exact).norm() / exact.norm() < 1e-2
-    assert torch.equal(linear(x[:5]), torch.cat([linear(x[row : row + 1]) for row in range(5)]))
+    assert torch.equal(linear(x), torch.cat([linear(row[None]) for row in x]))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 33), (1, 1), (40, 31), (17, 96)])

@@ -45,7 +45,7 @@ def bound(x: Tensor, weight: Tensor, step: int) -> Tensor:
 
 
 @KINDS
-@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16, 70])
 def test_products_are_within_half_a_step_of_16_bits(
     weight_format: WeightFormat, columns: int, step: int, tokens: int
 ) -> None:
@@ -123,3 +123,15 @@ def test_the_default_dtype_does_not_change_a_product() -> None:
         assert torch.equal(linear(x), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@KINDS
+def test_a_token_has_the_same_bits_among_others_of_its_text_and_beside_whatever_texts(
+    weight_format: WeightFormat, columns: int, step: int
+) -> None:
+    linear, _ = linear_of(weight_format, columns)
+    x = activations(20 * 16, columns).view(20, 16, columns)
+    together = linear(x)
+    assert torch.equal(linear(x[:, :1]), together[:, :1])
+    assert torch.equal(linear(x[:, 0]), together[:, 0])
+    assert torch.equal(linear(x[3:4, 5:7]), together[3:4, 5:7])

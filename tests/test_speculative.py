@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from fastgen.engine import Engine
 from fastgen.errors import CapacityError, UsageError
 from fastgen.load import LoadedModel
 from fastgen.options import GenerationOptions, SamplingOptions
-from fastgen.pace import PLAIN, Arm, Spent
+from fastgen.pace import PLAIN, Arm, Rehearsal, Spent
+from fastgen.readback import Mark, Readback
 from fastgen.sampling import adjust
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
@@ -234,13 +235,43 @@ def test_a_plain_step_under_speculation_is_a_step_of_plain_decoding_and_nothing_
     for burst in (1, 8):
         engine._rounds.burst = burst
         with torch.inference_mode(), Counting() as counting:
-            done, launch = engine._launch(PLAIN, 60, GREEDY, None)
+            done, launch = engine._launch(PLAIN, 60, GREEDY)
         assert done.tokens.shape == (1, burst) == (1, launch.tokens) and done.counts is None
         bursts.append(counting.calls)
     views = ("select", "unbind", "slice", "unsqueeze", "view", "expand")
     added = {name: count for name, count in (bursts[1] - bursts[0]).items() if name not in views}
     expected = {name: 7 * count for name, count in step.calls.items() if name not in views}
     assert {name: count for name, count in added.items() if count > expected.get(name, 0)} == {}
+
+
+class OneBehind:
+    """Gives what a round did once the next is queued, as on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pending: list[tuple[object, object]] = []
+
+    def push(self, result: object, note: object) -> Iterator[tuple[object, object]]:
+        self.pending.append((result, note))
+        if len(self.pending) > 1:
+            yield self.pending.pop(0)
+
+    def waiting(self) -> list[object]:
+        return [note for _, note in self.pending]
+
+
+@pytest.mark.parametrize(("readback", "ticks"), [(OneBehind, 3), (Readback, 2)])
+def test_what_a_device_waited_for_a_round_is_counted_to_the_one_before(
+    target: LoadedModel, readback: type, ticks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round has three marks, its start, drafts and end: it lasts until the next one starts, or else to its end."""
+    clock = itertools.count()
+    engine = SpeculativeEngine(target, Speculation(draft="self:1", count=3), max_seq_len=CAPACITY)
+    engine.pace = pace = Rehearsal(Arm(0, 3))
+    monkeypatch.setattr("fastgen.speculative.mark", lambda device: Mark(float(next(clock)), None))
+    monkeypatch.setattr("fastgen.speculative.Readback", readback)
+    expected = texts(Engine(target, max_seq_len=CAPACITY), [PROMPTS[0]], GREEDY)
+    assert texts(engine, [PROMPTS[0]], GREEDY) == expected
+    assert set(pace.seconds) == {ticks} and len(pace.seconds) > 2
 
 
 class NoHost(TorchDispatchMode):
@@ -263,7 +294,7 @@ def test_a_round_reads_nothing_on_the_host(target: LoadedModel, draft: str, acce
     engine.generate(PROMPTS[:2], EVERY_FILTER)
     with torch.inference_mode(), NoHost():
         for arm in (Arm(0, 3), PLAIN):
-            engine._launch(arm, 60, EVERY_FILTER, None)
+            engine._launch(arm, 60, EVERY_FILTER)
         with pytest.raises(AssertionError, match="waits for the device"):
             engine._rounds.rows.positions.max().item()
 

@@ -118,7 +118,7 @@ def test_the_host_waits_for_nothing_while_it_queues_rounds(kernels: str) -> None
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(8):
-                engine._launch(engine.arms[0], 60, GREEDY, None)
+                engine._launch(engine.arms[0], 60, GREEDY)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
@@ -136,3 +136,4 @@ def test_fused_kernels_verify_what_they_decode_bit_for_bit() -> None:
             engine = SpeculativeEngine(target, Speculation(draft=drafter, count=count), max_seq_len=400, compile=True)
             engine.warm_up(GREEDY)
             assert [engine.generate([prompt], GREEDY)[0].tokens for prompt in PROMPTS] == expected, (drafter, count)
+            assert engine.recompiles == 0, (drafter, count)
