@@ -18,12 +18,12 @@ class Readback(Generic[Result, Note]):
     """A queue of named tuples of tensors, each with a note of the host's own."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self.lags = device.type == "cuda"  # whether results come behind their time
         self._pending: deque[tuple[Result, Note, torch.cuda.Event]] = deque()
 
     def push(self, result: Result, note: Note) -> Iterator[tuple[Result, Note]]:
         """Queue a result and yield those that are due, on the host."""
-        if not self._cuda:
+        if not self.lags:
             yield result, note
             return
         tensors: Any = result

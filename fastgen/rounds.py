@@ -25,7 +25,7 @@ from fastgen.model import Transformer
 from fastgen.noise import NoiseKey, gumbel, uniform
 from fastgen.options import SamplingOptions
 from fastgen.sampling import Knobs, adjust, log_probabilities, sample
-from fastgen.steps import Cases, Choice, Result, Rows, choose_token, covered_by_kernels, decode_one_token
+from fastgen.steps import Cases, Choice, Result, Rows, choose_token, covered_by_kernels, decode_one_token, whole_lanes
 
 WIDTHS = (1, 2, 4, 8, MOST_DRAFTS + 1)
 """Tokens that the target takes at once."""
@@ -296,7 +296,7 @@ class Rounds:
         return next((bound for bound in self.bounds if bound >= filled), self.bounds[-1])
 
     def _keys(self, bound: int) -> Tensor:
-        keys = self._positions[:bound]
+        keys = self._positions[: whole_lanes(bound)]
         if self._dynamic:
             torch._dynamo.mark_dynamic(keys, 0)
         return keys

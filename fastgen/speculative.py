@@ -40,7 +40,7 @@ from fastgen.pace import (
 from fastgen.readback import Mark, Readback, mark
 from fastgen.rounds import SPARE, WIDTHS, Round, Rounds, width_of
 from fastgen.speculation import AUTO, Speculation, check, make_arms, make_drafters, own_model
-from fastgen.steps import CHUNKS, Choice, Rows
+from fastgen.steps import CHUNKS, LANES, Choice, Rows
 from fastgen.tally import Launch, SpeculationMetrics, Tally
 
 SMALLEST = 40
@@ -130,7 +130,7 @@ class SpeculativeEngine(Engine):
     def _bounds(self) -> list[int]:
         """Return filled lengths whose rounds make every graph that any text needs."""
         if self.device.type != "cuda":
-            return [self._smallest, self._smallest + 1]
+            return [self._smallest, self._smallest + LANES]
         bounds = self._rounds.bounds
         enough = next((bound for bound in bounds if bound >= self._most_filled() + AHEAD), bounds[-1])
         return [bound - AHEAD for bound in bounds if bound <= enough]
@@ -217,16 +217,19 @@ class SpeculativeEngine(Engine):
         self._show_draft(self._missed(filled))
         self.pace.begin()
         self.tally = Tally()
-        self.timings.share_out(1)
-        yield StepTokens(first.token.tolist(), first.logprob.tolist() if first.logprob is not None else None)
-        queues: list[deque[Token]] = [deque() for _ in places]
+        tokens = first.token.tolist()
+        logprobs = [None] * len(tokens) if first.logprob is None else first.logprob.tolist()
+        queues = [deque([Token(token, logprob, False)]) for token, logprob in zip(tokens, logprobs, strict=True)]
         readback: Readback[Round, Launch] = Readback(self.device)
+        if not readback.lags:  # else the device has a round to do while the first token is looked at
+            yield from self._steps_of(queues)
         while True:
             filled = max(places) + 1 + sum(launch.tokens for launch in readback.waiting())
             missed = self._missed(filled - 1)
             arm = self._choose([width for _, width in missed])
             round_, launch = self._launch(arm, filled, options)
             self.pace.queue(arm, launch.missed)
+            yield from self._steps_of(queues)
             for done, its_launch in readback.push(round_, launch):
                 # A device that had to wait for the next round waited because this one was so short.
                 end = launch.end if launch is its_launch else launch.start

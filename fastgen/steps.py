@@ -27,6 +27,9 @@ CHUNKS = (1024, 128, 16)
 """Widths of prefill; the last chunk of a prompt is padded to the smallest."""
 
 
+LANES = 16
+"""Numbers of 32 bits in the widest vector of a CPU."""
+
 Result = TypeVar("Result")
 
 MOST_CASES = 1024
@@ -194,7 +197,7 @@ class Steps:
 
     def bounds(self) -> list[int]:
         """Return values of `filled` whose decoding makes every graph that any value needs."""
-        return self._graphs.bounds if self._graphs else [CHUNKS[-1] + 1, CHUNKS[-1] + 2]
+        return self._graphs.bounds if self._graphs else [LANES + 1, 2 * LANES + 1]
 
     def count(self) -> int:
         """Return how many graphs have been compiled or captured; stands still once every case was seen."""
@@ -210,10 +213,16 @@ class Steps:
         return self._cases.run(case, step, self.model, rows, self._keys(filled), options)
 
     def _keys(self, filled: int) -> Tensor:
-        keys = self._positions[:filled]
+        keys = self._positions[: whole_lanes(filled)]
         if self.compiled and not self._by_kernels:
             torch._dynamo.mark_dynamic(keys, 0)
         return keys
+
+
+def whole_lanes(filled: int) -> int:
+    """Return how many positions to read so that what is summed over them comes out the same however many follow: the
+    end of a vector's last lanes would be summed in another order."""
+    return -(-filled // LANES) * LANES
 
 
 class Cases:

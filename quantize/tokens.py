@@ -5,15 +5,10 @@ it, never on the texts beside it: verified drafts come out as decoded tokens do,
 """
 
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-FEW = 16
-"""Tokens of a text that a decode step or a verified draft has at most."""
+from fastgen.kernels.reference import is_few
 
 
 def are_few(x: Tensor) -> bool:
-    """Return whether x [texts, tokens, in], or [texts, in] with a token each, holds at most `FEW` tokens of a text.
-
-    A number that is dynamic in a compiled graph, a prefill's, counts as many, so that no width is a graph of its own.
-    """
-    return x.dim() < 3 or statically_known_true(x.shape[-2] <= FEW)
+    """Return whether x [texts, tokens, in], or [texts, in] with a token each, holds few tokens of a text."""
+    return x.dim() < 3 or is_few(x.shape[-2])

@@ -247,6 +247,8 @@ def test_a_plain_step_under_speculation_is_a_step_of_plain_decoding_and_nothing_
 class OneBehind:
     """Gives what a round did once the next is queued, as on a GPU."""
 
+    lags = True
+
     def __init__(self, device: torch.device) -> None:
         self.pending: list[tuple[object, object]] = []
 

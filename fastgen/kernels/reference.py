@@ -17,9 +17,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fastgen.kernels.rope import Rope, apply_rope
 from fastgen.sampling import best_token
+
+FEW = 16
+"""Tokens of a text that a decode step or a verified draft has at most."""
 
 
 class Step(NamedTuple):
@@ -126,14 +130,36 @@ def attend(
     k_cache[rows, :, step.positions] = k.to(k_cache.dtype)
     v_cache[rows, :, step.positions] = v.to(v_cache.dtype)
 
-    # The G query heads that share a key head become rows of one matrix: K and V are read once and never expanded.
     L = step.key_positions.shape[0]
-    grouped = q.view(B, T, K, -1, d).permute(0, 2, 3, 1, 4).reshape(B, K, -1, d)
-    mask = _visible(step, window).repeat(1, grouped.shape[2] // T, 1)[:, None]
-    y = F.scaled_dot_product_attention(
-        grouped, k_cache[:, :, :L].to(q.dtype), v_cache[:, :, :L].to(q.dtype), attn_mask=mask, scale=scale
-    )
+    q, keys, values = q.view(B, T, K, -1, d), k_cache[:, :, :L].to(q.dtype), v_cache[:, :, :L].to(q.dtype)
+    visible = _visible(step, window)
+    if q.is_cpu and T > 1 and is_few(T):
+        texts = zip(q, keys, values, visible, strict=True)
+        return torch.cat([_attend_one_by_one(*text, scale=scale) for text in texts]).view(B, T, -1)
+    # The G query heads that share a key head become rows of one matrix: K and V are read once and never expanded.
+    grouped = q.permute(0, 2, 3, 1, 4).reshape(B, K, -1, d)
+    mask = visible.repeat(1, grouped.shape[2] // T, 1)[:, None]
+    y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     return y.view(B, K, -1, T, d).permute(0, 3, 1, 2, 4).reshape(B, T, -1)
+
+
+def _attend_one_by_one(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, *, scale: float) -> Tensor:
+    """Return [T, K, G, d] of one text's q [T, K, G, d], keys and values [K, L, d] and what each token sees, [T, L].
+
+    Every token is a text of its own to the CPU's matrix products, whose order of summing hangs on their shapes: so a
+    verified token gets the bits that it gets when it is decoded.
+    """
+    keys, values = (each.expand(len(q), -1, -1, -1) for each in (keys, values))
+    mask = visible[:, None, None].expand(-1, -1, q.shape[2], -1)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+
+
+def is_few(tokens: int) -> bool:
+    """Return whether a text's tokens are as few as a decode step or a verified draft may have.
+
+    A number that is dynamic in a compiled graph, a prefill's, counts as many, so that no width is a graph of its own.
+    """
+    return statically_known_true(tokens <= FEW)
 
 
 def _visible(step: Step, window: int) -> Tensor:
