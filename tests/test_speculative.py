@@ -274,6 +274,10 @@ def test_what_a_device_waited_for_a_round_is_counted_to_the_one_before(
     expected = texts(Engine(target, max_seq_len=CAPACITY), [PROMPTS[0]], GREEDY)
     assert texts(engine, [PROMPTS[0]], GREEDY) == expected
     assert set(pace.seconds) == {ticks} and len(pace.seconds) > 2
+    before = next(clock)
+    next(engine.tokens([PROMPTS[0]], GREEDY, samples=[0]))
+    begun = (next(clock) - before - 1) // 3
+    assert begun == (1 if readback is OneBehind else 0), "a device has a round to do while the first token is read"
 
 
 class NoHost(TorchDispatchMode):
