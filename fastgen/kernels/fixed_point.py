@@ -5,8 +5,8 @@ value takes 22 of them: three digits of base 256, -128 .. 127. What is rounded a
 value, so below 1e-5 of the vector's length for 20,000 columns, where bf16 rounds every value by 2e-3.
 
 One token's digits lie in shared memory, made by every program (`stage_token`); those of several are made before
-(`prepare_kernel`). Both serve as the columns of mma.m16n8k32: of one token, the digits are three columns of one
-product; of several, each digit takes a product of its own, with eight tokens as columns. Because products and sums of
+(`prepare_kernel`). Both serve as the columns of mma.m16n8k32: of one token, the digits are columns of one product;
+of several, each digit takes a product of its own, with eight tokens as columns. Because products and sums of
 integers are exact, nothing here has an order, and a token's bits do not depend on the others.
 """
 
@@ -19,13 +19,14 @@ from fastgen.kernels.fragments import (
     digits,
     halves,
     lanes,
-    load_floats,
     load_four,
     load_global,
+    load_two,
+    load_word,
     shared_memory,
     statement,
     store_float,
-    store_words,
+    store_word,
     swapped,
     swapped_float,
 )
@@ -121,7 +122,7 @@ def sum_of(four):
 
 @gluon.jit
 def digits_of(eight, power, GROUPS: gl.constexpr):
-    """Return the digits of eight values, two words each, and the sums of each digit over the values' group."""
+    """Return the digits of eight values, two words each, and minus the sums of each digit over the values' group."""
     first = digits((eight[0], eight[1], eight[2], eight[3]), power)
     second = digits((eight[4], eight[5], eight[6], eight[7]), power)
     sums = ()
@@ -130,7 +131,7 @@ def digits_of(eight, power, GROUPS: gl.constexpr):
             total = add_bytes(first[d], add_bytes(second[d], 0))
             for i in gl.static_range(4 if GROUPS == 1 else 3 if GROUPS == 2 else 2):
                 total += swapped(total, 1 << i)
-            sums += (total.to(gl.float32),)
+            sums += (-total,)
     return first, second, sums
 
 
@@ -141,7 +142,7 @@ def prepare_kernel(
     """Grid (tokens): the digits of x [tokens, 128 UNITS] times norm, and factors [tokens] for the product.
 
     blocks [UNITS, digit_bytes] int32: digits [SETS, 3, 2, 32 lanes, 4 words], lane 4g + t with token g; then the sums
-    of groups [SETS, GROUPS, 3, 8 tokens] fp32.
+    of groups [SETS, GROUPS, 3, 8 tokens], negated.
     """
     UNITS: gl.constexpr = (WIDTH + 127) // 128
     BF16: gl.constexpr = x.dtype.element_ty == gl.bfloat16
@@ -170,13 +171,16 @@ def prepare_kernel(
             gl.store(block + at + d * 256, first[d].to(gl.int32, bitcast=True), mask=here)
             gl.store(block + at + d * 256 + 1, second[d].to(gl.int32, bitcast=True), mask=here)
             if GROUPS > 0:
-                gl.store(block + total + d * 8, sums[d].to(gl.int32, bitcast=True), mask=here)
+                gl.store(block + total + d * 8, sums[d], mask=here)
     memory._keep_alive()
 
 
 @gluon.jit
 def stage_token(values, power, address, GROUPS: gl.constexpr):
-    """Store one token's digits, [unit, 2, 3, 4 t, 4 words], and the sums of its groups, [unit, group, 4] fp32."""
+    """Store one token's digits, [unit, 2, 3, 4 t, 4 words], and the sums of its groups, [unit, group, 4], negated.
+
+    Of the two words of digits that belong to the eight columns of a lane t, the first is in the first half.
+    """
     lane, warp = lane_of(WARPS)
     BLOCK: gl.constexpr = digit_bytes(GROUPS, 0)
     for i in gl.static_range(len(values)):
@@ -184,25 +188,46 @@ def stage_token(values, power, address, GROUPS: gl.constexpr):
         piece = (i * WARPS + warp) * 32 + lane
         place = piece % 16
         block = address + piece // 16 * BLOCK
-        at = block + place // 8 * 192 + place % 4 * 16 + place // 4 % 2 * 8
+        at = block + place % 4 * 16 + place // 4 * 4
         for d in gl.static_range(3):
-            store_words(at, first[d], second[d], d * 64)
+            store_word(at, first[d].to(gl.int32, bitcast=True), d * 64)
+            store_word(at, second[d].to(gl.int32, bitcast=True), 192 + d * 64)
             if GROUPS > 0:
-                store_float(block + place * GROUPS // 16 * 16, sums[d], 384 + 4 * d)
+                store_word(block + place * GROUPS // 16 * 16, sums[d], 384 + 4 * d)
 
 
 @gluon.jit
-def load_products(digits_at, sums_at, GROUPS: gl.constexpr, SETS: gl.constexpr, TO: gl.constexpr):
-    """Return a lane's operands for a unit, eight words a product, and for its two columns the sums of each group."""
-    APART: gl.constexpr = 512 if SETS > 0 else 192
+def token_places(block):
+    """Return where a lane finds its digits and sums in a unit at `block` that `stage_token` left.
+
+    The operand's even columns are the digits of the first words, its odd ones those of the second; see `sums_alone`.
+    """
+    lane, _warp = lane_of(WARPS)
+    column, t = lane // 4, lane % 4
+    return block + column % 2 * 192 + gl.minimum(column // 2, 2) * 64 + t * 16, block + gl.minimum(t, 2) * 4
+
+
+@gluon.jit
+def load_token(digits_at, sums_at, GROUPS: gl.constexpr):
+    """Return four words of digits and minus the sums of groups, from `token_places`."""
+    sums = ()
+    for g in gl.static_range(GROUPS):
+        sums += (load_word(sums_at, 384 + 16 * g, "b32").to(gl.int32),)
+    return load_four(digits_at, 0), sums
+
+
+@gluon.jit
+def load_tokens(digits_at, sums_at, AT: gl.constexpr, GROUPS: gl.constexpr, SETS: gl.constexpr):
+    """Return what a lane needs of a unit that `prepare_kernel` left: eight words of digits a product, and the sums.
+
+    The unit begins AT bytes behind digits_at less 16 lanes and sums_at less 8 t. sums[product][group] holds minus the
+    sums for the lane's two columns.
+    """
     xs, sums = (), ()
-    for i in gl.static_range(max(3 * SETS, 1)):
-        xs += (load_four(digits_at, TO + 1024 * i) + load_four(digits_at, TO + 1024 * i + APART),)
+    for i in gl.static_range(3 * SETS):
+        xs += (load_four(digits_at, AT + 1024 * i) + load_four(digits_at, AT + 1024 * i + 512),)
         of_groups = ()
         for g in gl.static_range(GROUPS):
-            if SETS == 0:
-                of_groups += (load_floats(sums_at, 384 + 16 * g),)
-            else:
-                of_groups += (load_floats(sums_at, TO + 3072 * SETS + (i // 3 * GROUPS + g) * 96 + i % 3 * 32),)
+            of_groups += (load_two(sums_at, AT + 3072 * SETS + (i // 3 * GROUPS + g) * 96 + i % 3 * 32),)
         sums += (of_groups,)
     return xs, sums

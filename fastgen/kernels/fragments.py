@@ -14,11 +14,13 @@ from triton.experimental.gluon import language as gl
 MAGIC = gl.constexpr(0x4B400000)
 """1.5 * 2^23 as fp32: with an integer of at most 22 bits added to its bits, it is the float that much larger."""
 
-MMA = (
+MMA_K32 = gl.constexpr(
     "mma.sync.aligned.m16n8k32.row.col.s32.{}.s8.s32 "
     "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
 )
-MMA_U8, MMA_S8 = gl.constexpr(MMA.format("u8")), gl.constexpr(MMA.format("s8"))
+MMA_K16 = gl.constexpr(
+    "mma.sync.aligned.m16n8k16.row.col.s32.{}.s8.s32 {{$0, $1, $2, $3}}, {{$4, $5}}, {{$6}}, {{$7, $8, $9, $10}};"
+)
 
 # Four fp32 times a power of two, rounded to integers n; n + 0x808080 has the digits + 128 in its bytes.
 DIGITS = gl.constexpr("""{ .reg .f32 f; .reg .b32 a, b, c, d, p, q;
@@ -40,25 +42,27 @@ def lanes(warps):
 
 
 @gluon.constexpr_function
-def copy_text(size, source, target):
-    """Return PTX that copies `size` bytes, 16 a lane and 512 a warp at a time, from $2 + source to $1 + target."""
-    copy = "cp.async.cg.shared.global [$1 + {0}], [$2 + {1}], 16, $3;"
-    lines = [copy.format(target + at, source + at) for at in range(0, size - size % 512, 512)]
-    if size % 512:
-        at = size - size % 512
-        lines.append("setp.ne.b32 p, $4, 0; @p " + copy.format(target + at, source + at))
-    return "{ .reg .pred p; " + " ".join(lines) + " mov.b32 $0, 0; }"
+def copy_text(size, lanes):
+    """Return PTX that copies `size` bytes from $2 to $1, 16 a lane and 16 `lanes` at a time; the last by fewer lanes.
+
+    All but the last happen where $3 < $4, the last where $3 < $5.
+    """
+    step = 16 * lanes
+    copy = "@{0} cp.async.cg.shared.global [$1 + {1}], [$2 + {1}], 16, $6;"
+    lines = ["setp.lt.s32 p, $3, $4; setp.lt.s32 q, $3, $5;"]
+    lines += [copy.format("p" if at + step <= size else "q", at) for at in range(0, size, step)]
+    return "{ .reg .pred p, q; " + " ".join(lines) + " mov.b32 $0, 0; }"
 
 
 @gluon.jit
-def copy(target, source, bytes_a_lane, in_tail, SIZE: gl.constexpr, FROM: gl.constexpr, TO: gl.constexpr):
-    """Start a warp's copy of SIZE bytes, from source + FROM in global to target + TO in shared memory.
+def copy(target, source, turn, turns, turns_of_last, bytes_a_lane, SIZE: gl.constexpr, LANES: gl.constexpr):
+    """Start a copy of SIZE bytes by LANES lanes from global to shared memory, if it is the `turn` of their `turns`.
 
-    source and target are a lane's own; bytes_a_lane is 16, or 0 to fill with zeros; in_tail says whether the lane has
-    a part of the last SIZE % 512 bytes.
+    source and target are a lane's own; the lanes that have a part of the last SIZE % (16 LANES) bytes copy that in
+    their `turns_of_last`. bytes_a_lane is 16, or 0 to fill with zeros.
     """
     gl.inline_asm_elementwise(
-        copy_text(SIZE, FROM, TO), "=r,r,l,r,r", [target, source, bytes_a_lane, in_tail],
+        copy_text(SIZE, LANES), "=r,r,l,r,r,r,r", [target, source, turn, turns, turns_of_last, bytes_a_lane],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -128,9 +132,18 @@ def load_four(address, OFFSET: gl.constexpr):
 
 @gluon.jit
 def load_word(address, OFFSET: gl.constexpr, TYPE: gl.constexpr):
-    """Return a value of PTX's TYPE, b32 or u16, of shared memory as a word."""
+    """Return a value of PTX's TYPE, b32 or u8, of shared memory as a word."""
     return gl.inline_asm_elementwise(
         f"ld.shared.{TYPE} $0, [$1 + {OFFSET}];", "=r,r", [address], dtype=gl.uint32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_two(address, OFFSET: gl.constexpr):
+    """Return two words of shared memory."""
+    return gl.inline_asm_elementwise(
+        f"ld.shared.v2.b32 {{$0, $1}}, [$2 + {OFFSET}];", "=r,=r,r", [address],
+        dtype=(gl.int32, gl.int32), is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -161,6 +174,14 @@ def store_float(address, value, OFFSET: gl.constexpr):
 
 
 @gluon.jit
+def store_word(address, value, OFFSET: gl.constexpr):
+    """Store a word in shared memory."""
+    gl.inline_asm_elementwise(
+        f"st.shared.b32 [$1 + {OFFSET}], $2; // $0", "=r,r,r", [address, value], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
 def store_words(address, first, second, OFFSET: gl.constexpr):
     """Store two words in shared memory."""
     gl.inline_asm_elementwise(
@@ -179,20 +200,24 @@ def load_global(address, here):
     )  # fmt: skip
 
 
-@gluon.jit
-def nibbles(word):
-    """Return the low and the high four bits of each byte, as bytes."""
-    return word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F
+@gluon.constexpr_function
+def mma_text(registers, signed):
+    """Return PTX and constraints of a product whose first operand has 4 registers a lane (32 columns) or 2 (16)."""
+    text = MMA_K32 if registers == 4 else MMA_K16
+    return text.value.format("s8" if signed else "u8"), "=r,=r,=r,=r" + ",r" * (registers // 2 * 3 + 4)
 
 
 @gluon.jit
-def mma(a0, a1, a2, a3, b0, b1, c, SIGNED: gl.constexpr):
-    """Return c + a b in exact integers, [16, 32] of signed or unsigned bytes x [32, 8] of signed bytes a warp."""
+def mma(a, b, c, SIGNED: gl.constexpr):
+    """Return c + a b in exact integers, [16, 8 len(a)] of signed or unsigned bytes x 8 columns of signed bytes a warp.
+
+    a: words of rows g and g + 8, then of as many columns further on; b: words of the same columns; c: columns 2t and
+    2t + 1 of row g, then of row g + 8.
+    """
+    TEXT: gl.constexpr = mma_text(len(a), SIGNED)
     return gl.inline_asm_elementwise(
-        MMA_S8 if SIGNED else MMA_U8, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-        [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
+        TEXT[0], TEXT[1], a + b + c, dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+    )
 
 
 @gluon.jit

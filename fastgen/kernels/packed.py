@@ -11,8 +11,9 @@ to whole tiles and units is filled with zeros.
                 groups x [8]                int4: two scales in the model's dtype, of row g of the first half in the low
                                             bits, of the second in the high; `groups` of 32, 64 or 128 columns in a
                                             unit (of 256: repeated in a second unit)
-                groups x [4]                int4 with zero points: 8 + zero point a byte, in their order g = 0 first
-                                            half, g = 0 second half, g = 1 ..
+                groups x [2]                int4 with zero points: 8 + zero point of row g in byte g, of the first
+                                            half in the low four bits, of the second in the high
+                [2]                         and, for one group, zeros that fill 16 bytes
     scales  [tiles, 8]               int32  int8: two scales as above, for all columns
 
 Word i of lane 4g + t in part c of a record holds columns k .. k + 3 of a unit, k = 64c + 32 (i / 2) + 8t + 4 (i mod 2),
@@ -54,7 +55,7 @@ def form_of(words: Tensor) -> Form:
     if size == 2 * PLANE:
         return Form(2, 0, False)
     zeros = size - PLANE not in (8, 16, 32)
-    return Form(1, (size - PLANE) // (12 if zeros else 8), zeros)
+    return Form(1, (size - PLANE) // (10 if zeros else 8), zeros)
 
 
 class PackedLinear(nn.Module):
@@ -102,11 +103,13 @@ def pack_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Te
     n, width = packed.shape[0], 8 * packed.shape[1]
     tiles, units, group = triton.cdiv(n, TILE), triton.cdiv(width, UNIT), width // scale.shape[1]
     groups = max(1, UNIT // group)
-    words = packed.new_empty(tiles, units, PLANE + (8 if zero_point is None else 12) * groups)
+    of_zeros = 0 if zero_point is None else max(4, 2 * groups)
+    words = packed.new_empty(tiles, units, PLANE + 8 * groups + of_zeros)
     pack_int4_kernel[(tiles, units)](packed.contiguous(), words, n, width, words.shape[2])
     words[:, :, PLANE : PLANE + 8 * groups] = _in_tiles(scale, tiles, units, group).view(torch.int32)
     if zero_point is not None:
-        zeros = _in_tiles(zero_point.to(torch.uint8) + 8, tiles, units, group)
+        low, high = _in_tiles(zero_point.to(torch.uint8) + 8, tiles, units, group).unflatten(2, (-1, 2)).unbind(3)
+        zeros = F.pad(low | high << 4, (0, 4 * of_zeros - 8 * groups))
         words[:, :, PLANE + 8 * groups :] = zeros.view(torch.int32)
     return PackedLinear(words, None, bias, out_features=n, in_features=width, dtype=scale.dtype)
 
@@ -204,7 +207,8 @@ def unpack_kernel(
             place = column % 128 // (128 // GROUPS) * 16 + g * 2 + half
             scale = tl.load(scales + (at + 256) * 2 + place)
             if ZEROS:
-                q -= tl.load(zeros + (at + 256 + 8 * GROUPS) * 4 + place).to(tl.int32)
+                place = column % 128 // (128 // GROUPS) * 8 + g
+                q -= tl.load(zeros + (at + 256 + 8 * GROUPS) * 4 + place).to(tl.int32) >> (4 * half) & 15
             else:
                 q -= 8
         row = _row(g, half)

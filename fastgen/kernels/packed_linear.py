@@ -31,20 +31,18 @@ class Shape(NamedTuple):
         tiles: tiles of 16 rows in a slot of the ring.
         memory: shared memory that a program takes, in KiB; what x and the sums leave is the ring's.
         per_processor: programs on each multiprocessor.
-        late: slots that a warp has still to multiply when its program lets the next kernel start.
         registers: a thread may take.
     """
 
     tiles: int
     memory: int
     per_processor: int
-    late: int
     registers: int
 
 
 SHAPES = {
-    4: (Shape(2, 160, 1, 1000, 128), Shape(2, 190, 1, 1000, 128), Shape(2, 190, 1, 1000, 168)),
-    8: (Shape(1, 160, 1, 1000, 128), Shape(2, 190, 1, 1000, 128), Shape(1, 190, 1, 1000, 128)),
+    4: (Shape(2, 160, 1, 128), Shape(2, 190, 1, 128), Shape(2, 190, 1, 168)),
+    8: (Shape(1, 160, 1, 128), Shape(2, 190, 1, 128), Shape(1, 190, 1, 128)),
 }
 """By bits, for one token, for up to 8 and up to 16; one token's from sweeps on an H200."""
 
@@ -135,8 +133,8 @@ def _launch(
         norm = None
     grid = (min(tiles, shape.per_processor * launch.processors(x.device)),)
     kernel[grid](
-        given, norm, factors, words, scales, tokens, n, tiles, shape.late, eps, bias=bias, **of_tokens, WIDTH=width,
-        PLANES=form.planes, GROUPS=form.groups, ZEROS=form.zeros, SETS=sets, R=shape.tiles, STAGES=slots,
+        given, norm, factors, words, scales, tokens, n, tiles, 4 * words.shape[2], eps, bias=bias, **of_tokens,
+        WIDTH=width, PLANES=form.planes, GROUPS=form.groups, ZEROS=form.zeros, SETS=sets, R=shape.tiles, STAGES=slots,
         DTYPE=DTYPES[x.dtype], PDL=bool(options), num_warps=WARPS.value, maxnreg=shape.registers, **options,
     )  # fmt: skip
 
@@ -162,41 +160,41 @@ def _ring_slots(form: Form, width: int, sets: int, shape: Shape, memory: int) ->
     return int(left // (WARPS.value * slot_bytes(*form, sets, shape.tiles)))
 
 
-@gluon.jit(do_not_specialize=["late"])
+@gluon.jit
 def packed_linear_kernel(
-    x, norm, factors, words, scales, tokens, n, tiles, late, eps, bias, residual, out, WIDTH: gl.constexpr,
+    x, norm, factors, words, scales, tokens, n, tiles, record, eps, bias, residual, out, WIDTH: gl.constexpr,
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
     STAGES: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, residual [tokens, n] or None, out [tokens, n]; the rest as `stream_product` has it."""
     stream_product(
-        x, norm, factors, words, scales, tokens, n, tiles, late, eps, _load_residual, _store, (out, bias, residual),
+        x, norm, factors, words, scales, tokens, n, tiles, record, eps, _load_residual, _store, (out, bias, residual),
         WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, DTYPE, PDL,
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["late"])
+@gluon.jit
 def packed_swiglu_kernel(
-    x, norm, factors, words, scales, tokens, n, tiles, late, eps, bias, out, WIDTH: gl.constexpr,
+    x, norm, factors, words, scales, tokens, n, tiles, record, eps, bias, out, WIDTH: gl.constexpr,
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
     STAGES: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, out [tokens, n / 2]; the rest as `stream_product` has it."""
     stream_product(
-        x, norm, factors, words, scales, tokens, n, tiles, late, eps, _nothing, _gate_and_store, (out, bias),
+        x, norm, factors, words, scales, tokens, n, tiles, record, eps, _nothing, _gate_and_store, (out, bias),
         WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, DTYPE, PDL,
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["late"])
+@gluon.jit
 def packed_best_kernel(
-    x, norm, factors, words, scales, tokens, n, tiles, late, eps, bias, best, ids, WIDTH: gl.constexpr,
+    x, norm, factors, words, scales, tokens, n, tiles, record, eps, bias, best, ids, WIDTH: gl.constexpr,
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
     STAGES: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, best and ids [tokens, tiles]; the rest as `stream_product` has it."""
     stream_product(
-        x, norm, factors, words, scales, tokens, n, tiles, late, eps, _nothing, _store_best, (best, ids, bias),
+        x, norm, factors, words, scales, tokens, n, tiles, record, eps, _nothing, _store_best, (best, ids, bias),
         WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, DTYPE, PDL,
     )  # fmt: skip
 

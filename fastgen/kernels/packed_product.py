@@ -5,16 +5,14 @@ memory and the tensor cores. Weights are small integers already; the activations
 and mma.m16n8k32 multiplies 16 rows of weights with 8 columns of digits exactly.
 
 - The weights lie in memory in the very order in which a warp's lanes hold the operand (`packed`). int8 weights are the
-  operand as they are, int4 weights after a shift and two ANDs for eight of them.
-- int4: sum(w x) = s (sum(q x) - (8 + z) B) for a group of scale s and zero point z, B = sum(x). The integers turn into
-  fp32 at no cost: a sum starts at the bits of a large float (`fragments.MAGIC`).
+  operand as they are, int4 weights after one AND for eight of them (`packed_units`).
 - Only the fp32 sums over groups have an order, the same for any number of tokens: a token that is verified among
   others gets the bits that it gets alone.
 - A warp takes every WARPS-th unit of 128 columns of the program's tiles, through a ring of its own in shared memory
   that no other warp waits for; after R tiles the warps' sums are added in order, across one barrier.
 - Under programmatic dependent launch the ring is filled before the program waits for the kernel ahead of it, and the
-  next kernel is let start when `late` turns are left. A program takes so much shared memory that a second one does not
-  fit: where two fit, some multiprocessors get two and others none.
+  next kernel is let start right behind the wait. A program takes so much shared memory that a second one does not fit:
+  where two fit, some multiprocessors get two and others none.
 
 Gluon is Triton with explicit layouts. Letters: T tokens, n rows of the output, K width of the input, R tiles of 16
 rows in a slot of the ring; a turn is one slot.
@@ -28,13 +26,14 @@ from fastgen.kernels.fixed_point import (
     WARPS,
     digit_bytes,
     lane_of,
-    load_products,
     load_row,
+    load_token,
+    load_tokens,
     scales_of,
     stage_token,
+    token_places,
 )
 from fastgen.kernels.fragments import (
-    MAGIC,
     arrive,
     barrier,
     commit,
@@ -42,21 +41,15 @@ from fastgen.kernels.fragments import (
     halves,
     lanes,
     load_floats,
-    load_four,
-    load_word,
-    mma,
-    nibbles,
     shared_memory,
     statement,
     store_floats,
     swapped_float,
 )
+from fastgen.kernels.packed_units import add_unit, alone, load_unit, record_bytes
 
-
-@gluon.constexpr_function
-def record_bytes(planes, groups, zeros):
-    """Return the size of a unit of a tile: words, scales, zero points."""
-    return 1024 * planes + groups * (48 if zeros else 32)
+UNROLLED = gl.constexpr(2)
+"""The most turns in a row; a program that has few tiles runs its code once, at the pace of the instruction cache."""
 
 
 @gluon.constexpr_function
@@ -80,91 +73,45 @@ def fixed_bytes(width, groups, sets, tiles):
 
 
 @gluon.jit
-def copy_weights(
-    words, slot, tile, turn, end, UNITS: gl.constexpr, RECORD: gl.constexpr, R: gl.constexpr
-):  # fmt: skip
-    """Start the copies of a warp's unit of R tiles into its slot; zeros where there is no such unit."""
-    lane, warp = lane_of(WARPS)
-    source = words.to(gl.int64) + (tile * UNITS + turn * WARPS).to(gl.int64) * RECORD + (warp * RECORD + lane * 16)
-    size = gl.where(turn * WARPS + warp < UNITS, 16, 0) + lane * 0
-    in_tail = (lane * 16 < RECORD % 512).to(gl.int32) + warp * 0
-    for r in gl.static_range(R):
-        copy(slot, source, gl.where(tile + r < end, size, 0), in_tail, RECORD, r * UNITS * RECORD, r * RECORD)
+def copies(words, begin, end, UNITS: gl.constexpr, TURNS: gl.constexpr, RECORD: gl.constexpr, R: gl.constexpr):
+    """Return what a lane copies of a program's tiles, and where to in a slot, with R tiles shared out to 32 lanes.
 
-
-@gluon.jit
-def copy_tokens(blocks, slot, turn, UNITS: gl.constexpr, BLOCK: gl.constexpr, TO: gl.constexpr):
-    """Start the copies of a warp's unit of x as `prepare_kernel` leaves it."""
-    lane, warp = lane_of(WARPS)
-    unit = turn * WARPS + warp
-    size = gl.where(unit < UNITS, 16, 0) + lane * 0
-    in_tail = (lane * 16 < BLOCK % 512).to(gl.int32) + warp * 0
-    copy(slot, blocks.to(gl.int64) + unit * BLOCK + lane * 16, size, in_tail, BLOCK, 0, TO)
-
-
-@gluon.jit
-def zero_of(pair, HIGH: gl.constexpr):
-    """Return one byte of a pair as fp32."""
-    byte = pair >> 8 if HIGH else pair & 255
-    return (byte | 0x4B000000).to(gl.float32, bitcast=True) - 8388608.0
-
-
-@gluon.jit
-def add_int8(totals, slot, xs, AT: gl.constexpr):
-    """Return the four sums of a lane for each product plus the int8 unit at slot + AT."""
-    rows = load_four(slot, AT) + load_four(slot, AT + 512)
-    others = load_four(slot, AT + 1024) + load_four(slot, AT + 1536)
-    for s in gl.static_range(4):
-        new = ()
-        for i in gl.static_range(len(xs)):
-            new += (mma(
-                rows[2 * s], others[2 * s], rows[2 * s + 1], others[2 * s + 1], xs[i][2 * s], xs[i][2 * s + 1],
-                totals[i], True,
-            ),)  # fmt: skip
-        totals = new
-    return totals
-
-
-@gluon.jit
-def add_int4(
-    totals, slot, start, g, xs, sums, AT: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, BF16: gl.constexpr
-):  # fmt: skip
-    """Return the four sums of a lane for each product plus the int4 unit at slot + AT.
-
-    start is the slot's beginning, g the row of a tile's halves that a lane has, sums[i][group] the sums of x.
+    That is: where it begins; in how many turns; in how many it has a part of a record's end, 0 or as many.
     """
-    words = load_four(slot, AT) + load_four(slot, AT + 512)
-    magic = slot * 0 + MAGIC
-    for i in gl.static_range(GROUPS):
-        cs = ((magic, magic, magic, magic),) * len(xs)
-        for s in gl.static_range(i * 4 // GROUPS, (i + 1) * 4 // GROUPS):
-            a0, a1 = nibbles(words[2 * s])
-            a2, a3 = nibbles(words[2 * s + 1])
-            new = ()
-            for j in gl.static_range(len(xs)):
-                new += (mma(a0, a1, a2, a3, xs[j][2 * s], xs[j][2 * s + 1], cs[j], False),)
-            cs = new
-        first, second = halves(load_word(start + g * 4, AT + 1024 + 32 * i, "b32"), BF16)
-        if ZEROS:
-            pair = load_word(start + g * 2, AT + 1024 + 32 * GROUPS + 16 * i, "u16")
-            z_first, z_second = zero_of(pair, False), zero_of(pair, True)
-        else:
-            z_first, z_second = 8.0, 8.0
-        new = ()
-        for j in gl.static_range(len(xs)):
-            c, b, t = cs[j], sums[j][i], totals[j]
-            new += ((
-                t[0] + first * (whole(c[0]) - z_first * b[0]), t[1] + first * (whole(c[1]) - z_first * b[1]),
-                t[2] + second * (whole(c[2]) - z_second * b[0]), t[3] + second * (whole(c[3]) - z_second * b[1]),
-            ),)  # fmt: skip
-        totals = new
-    return totals
+    LANES: gl.constexpr = 32 // R
+    lane, warp = lane_of(WARPS)
+    r, place = lane // LANES, lane % LANES * 16
+    source = words.to(gl.int64) + (begin * UNITS).to(gl.int64) * RECORD + (r * (UNITS * RECORD) + warp * RECORD + place)
+    turns = (end - begin - r + R - 1) // R * TURNS + warp * 0
+    return source, turns, gl.where(place < RECORD % (16 * LANES), turns, 0), r * RECORD + place
 
 
 @gluon.jit
-def whole(value):
-    """Return as fp32 the integer that was added to MAGIC."""
-    return value.to(gl.float32, bitcast=True) - 12582912.0
+def bytes_of_lane(turn, UNITS: gl.constexpr):
+    """Return how much a lane copies at a time, 0 where the warp's unit does not exist."""
+    lane, warp = lane_of(WARPS)
+    if UNITS % WARPS == 0:
+        return lane * 0 + warp * 0 + 16
+    else:
+        return gl.where(turn < (UNITS + WARPS - 1 - warp) // WARPS, 16, 0) + lane * 0
+
+
+@gluon.jit
+def behind(source, turn, record, UNITS: gl.constexpr, TURNS: gl.constexpr, R: gl.constexpr):
+    """Return the place behind what is copied in a turn: of the same tiles, or the first of the next R.
+
+    `record` is RECORD, but unknown to the compiler, which would keep a pointer for every sum of constants.
+    """
+    return source + gl.where(turn == TURNS - 1, (R * UNITS - (TURNS - 1) * WARPS) * record, WARPS * record)
+
+
+@gluon.constexpr_function
+def unrolled(turns, sets):
+    """Return how many turns are compiled one after the other: one's loads run beside the products of the one before.
+
+    Those of several tokens need all registers alone.
+    """
+    return 1 if sets else max(n for n in range(1, UNROLLED.value + 1) if turns % n == 0)
 
 
 @gluon.jit
@@ -174,14 +121,17 @@ def joined(low, middle, high):
 
 
 @gluon.jit
-def store_sums(totals, address, COLUMNS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr):
+def store_sums(totals, address, COLUMNS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr, PLANES: gl.constexpr):
     """Store a warp's sums of R tiles for the exchange: [R, column, 8 g, 2 halves] fp32."""
     lane, warp = lane_of(WARPS)
     for r in gl.static_range(R):
         if SETS == 0:
-            t = floats(totals[r][0])
-            first = joined(t[0], t[1], swapped_float(t[0], 1))
-            second = joined(t[2], t[3], swapped_float(t[2], 1))
+            if PLANES == 2:
+                first, second = alone(totals[r][0]).to(gl.float32), alone(totals[r][1]).to(gl.float32)
+            else:
+                first, second = totals[r][0]
+            first = joined(first, swapped_float(first, 1), swapped_float(first, 2))
+            second = joined(second, swapped_float(second, 1), swapped_float(second, 2))
             store_floats(address + lane // 4 * 8, first, second, (lane % 4 == 0) & (warp >= 0), r * 64)
         for b in gl.static_range(SETS):
             low, middle, high = floats(totals[r][3 * b]), floats(totals[r][3 * b + 1]), floats(totals[r][3 * b + 2])
@@ -201,7 +151,7 @@ def floats(four):
 
 @gluon.jit
 def stream_product(  # noqa: PLR0912, PLR0915
-    x, norm, factors, words, scales, tokens, n, tiles, late, eps, prefetch: gl.constexpr, finish: gl.constexpr, extra,
+    x, norm, factors, words, scales, tokens, n, tiles, record, eps, prefetch: gl.constexpr, finish: gl.constexpr, extra,
     WIDTH: gl.constexpr, PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr,
     R: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -211,7 +161,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
     [128 UNITS] of DTYPE, norm [128 UNITS] or None. It is 1 for up to 8 and 2 for up to 16: x and factors [tokens] are
     `prepare_kernel`'s. words and scales (of int8): see `packed`. first and second [P] fp32 belong to token[p], and to
     row[p] and row[p] + 8 tiles of n rows; where not here[p], they belong to nothing. `early` is what
-    prefetch(row, token, here, n, tiles, extra) has loaded before the sums were made.
+    prefetch(row, token, here, n, tiles, extra) has loaded before the sums were made. record: bytes of a record.
     """
     UNITS: gl.constexpr = (WIDTH + 127) // 128
     TURNS: gl.constexpr = (UNITS + WARPS - 1) // WARPS
@@ -225,40 +175,52 @@ def stream_product(  # noqa: PLR0912, PLR0915
     PAIRS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane, warp = lane_of(WARPS)
     memory, address = shared_memory((FIXED + WARPS * STAGES * SLOT + 1023) // 1024 * 1024, WARPS)
-    scales_at, x_at = address + 2 * WARPS * SUMS, address + 2 * WARPS * SUMS + 64
-    ring = address + FIXED + warp * (STAGES * SLOT) + lane * 16
+    exchange_at, x_at = address + 2 * WARPS * SUMS, address + 2 * WARPS * SUMS + 64
+    ring = address + FIXED + warp * (STAGES * SLOT) + lane * 0
     begin = gl.program_id(0) * tiles // gl.num_programs(0)
     end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
-    left = (end - begin + R - 1) // R * TURNS
 
-    next_tile, next_turn, next_slot = begin, 0, 0
-    for _ in gl.static_range(STAGES - 1):
-        if next_tile < end:
-            copy_weights(words, ring + next_slot, next_tile, next_turn, end, UNITS, RECORD, R)
+    # A lane has copied `copied` turns; the next one's data is at `source` and goes to `next_slot`.
+    copied, next_slot = 0, 0
+    source, turns, turns_of_last, to = copies(words, begin, end, UNITS, TURNS, RECORD, R)
+    to += ring
+    for i in gl.static_range(STAGES - 1):
+        size = bytes_of_lane(i % TURNS, UNITS)
+        copy(to + next_slot, source, copied, turns, turns_of_last, size, RECORD, 32 // R)
         if SETS == 0:
             commit()
-        next_slot += SLOT
-        next_tile = gl.where(next_turn == TURNS - 1, next_tile + R, next_tile)
-        next_turn = gl.where(next_turn == TURNS - 1, 0, next_turn + 1)
+        copied, next_slot = copied + 1, next_slot + SLOT
+        source = behind(source, i % TURNS, record, UNITS, TURNS, R)
     gains = None
     if norm is not None:
         gains = load_row(norm, UNITS)
     if PDL:
         statement("griddepcontrol.wait;")
-        if left <= late:
-            statement("griddepcontrol.launch_dependents;")
+        statement("griddepcontrol.launch_dependents;")
     if SETS == 0:
-        values, power, factor = scales_of(load_row(x, UNITS), gains, scales_at, eps, WIDTH, BF16)
+        values, power, factor = scales_of(load_row(x, UNITS), gains, exchange_at, eps, WIDTH, BF16)
         stage_token(values, power, x_at, GROUPS)
         barrier()
     else:
+        x_source, x_to = x.to(gl.int64) + warp * BLOCK + lane * 16, ring + R * RECORD + lane * 16
+        all_turns = (end - begin + R - 1) // R * TURNS + lane * 0 + warp * 0
+        last_lanes = gl.where(lane * 16 < BLOCK % 512, all_turns, 0)
         for i in gl.static_range(STAGES - 1):
-            copy_tokens(x, ring + i * SLOT, i % TURNS, UNITS, BLOCK, R * RECORD)
+            size = bytes_of_lane(i % TURNS, UNITS)
+            copy(
+                x_to + i * SLOT, x_source + i % TURNS * (WARPS * BLOCK), i, all_turns, last_lanes, size, BLOCK, 32
+            )  # fmt: skip
             commit()
 
+    words_at, scales_at, zeros_at = ring + lane * 16, ring + lane // 4 * 4, ring + lane // 4
+    if SETS == 0:
+        digits_at, sums_at = token_places(x_at + warp * BLOCK)
+    else:
+        digits_at, sums_at = ring + lane * 16, ring + lane % 4 * 8
     p = gl.arange(0, R * COLUMNS * 8, PAIRS)
     tile_of, token = p // (8 * COLUMNS), p // 8 % COLUMNS
-    none = gl.zeros([WARPS, 32], gl.int32 if PLANES == 2 else gl.float32, lanes(WARPS))
+    zero = gl.zeros([WARPS, 32], gl.int32, lanes(WARPS))
+    none = zero if PLANES == 2 else zero.to(gl.float32)
     slot, buffer = 0, address
     for tile in range(begin, end, R):
         row_of = (tile + tile_of) * 8 + p % 8
@@ -266,44 +228,46 @@ def stream_product(  # noqa: PLR0912, PLR0915
         early = prefetch(row_of, token, here, n, tiles, extra)
         if PLANES == 2:
             scale = gl.load(scales + row_of, mask=tile + tile_of < end, other=0)
-        totals = (((none, none, none, none),) * max(3 * SETS, 1),) * R
-        for turn in range(TURNS):
-            arrive(STAGES - 2)
-            if next_tile < end:
-                copy_weights(words, ring + next_slot, next_tile, next_turn, end, UNITS, RECORD, R)
+        totals = (((none, none, none, none),) * max(3 * SETS, PLANES),) * R
+        if SETS == 0 and PLANES == 1:
+            totals = (((none, none),),) * R
+        for some in range(0, TURNS, unrolled(TURNS, SETS)):
+            for i in gl.static_range(unrolled(TURNS, SETS)):
+                turn = some + i
+                next_turn = turn + (STAGES - 1) % TURNS
+                next_turn = gl.where(next_turn >= TURNS, next_turn - TURNS, next_turn)
+                if SETS == 0:
+                    xs, sums = load_token(digits_at + turn * (WARPS * BLOCK), sums_at + turn * (WARPS * BLOCK), GROUPS)
+                arrive(STAGES - 2)
+                units, new = (), ()
+                for r in gl.static_range(R):
+                    places = words_at + slot, scales_at + slot, zeros_at + slot
+                    units += (load_unit(places, r * RECORD, PLANES, GROUPS, ZEROS),)
+                size = bytes_of_lane(next_turn, UNITS)
+                copy(to + next_slot, source, copied, turns, turns_of_last, size, RECORD, 32 // R)
                 if SETS > 0:
-                    copy_tokens(x, ring + next_slot, next_turn, UNITS, BLOCK, R * RECORD)
-            commit()
-            at = ring + slot
-            if SETS == 0:
-                block = x_at + (turn * WARPS + warp) * BLOCK + lane * 0
-                digits_at = block + gl.minimum(lane // 4, 2) * 64 + lane % 4 * 16
-                xs, sums = load_products(digits_at, block + lane % 2 * 8, GROUPS, 0, 0)
-            else:
-                xs, sums = load_products(at, at - lane * 16 + lane % 4 * 8, GROUPS, SETS, R * RECORD)
-            new = ()
-            for r in gl.static_range(R):
-                if PLANES == 2:
-                    new += (add_int8(totals[r], at, xs, r * RECORD),)
-                else:
-                    new += (add_int4(
-                        totals[r], at, at - lane * 16, lane // 4, xs, sums, r * RECORD, GROUPS, ZEROS, BF16,
-                    ),)  # fmt: skip
-            totals = new
-            left -= 1
-            if PDL:  # noqa: SIM102  (decided when it is compiled)
-                if left == late:
-                    statement("griddepcontrol.launch_dependents;")
-            slot = gl.where(slot == (STAGES - 1) * SLOT, 0, slot + SLOT)
-            next_slot = gl.where(next_slot == (STAGES - 1) * SLOT, 0, next_slot + SLOT)
-            next_tile = gl.where(next_turn == TURNS - 1, next_tile + R, next_tile)
-            next_turn = gl.where(next_turn == TURNS - 1, 0, next_turn + 1)
-        store_sums(totals, buffer + warp * SUMS, COLUMNS, SETS, R)
+                    copy(
+                        x_to + next_slot, x_source + next_turn * (WARPS * BLOCK), copied, all_turns, last_lanes, size,
+                        BLOCK, 32,
+                    )  # fmt: skip
+                commit()
+                if SETS > 0:
+                    xs, sums = load_tokens(digits_at + slot, sums_at + slot, R * RECORD, GROUPS, SETS)
+                source = behind(source, next_turn, record, UNITS, TURNS, R)
+                copied += 1
+                next_slot = slot
+                slot = gl.where(slot == (STAGES - 1) * SLOT, 0, slot + SLOT)
+                for r in gl.static_range(R):
+                    new += (add_unit(totals[r], units[r], xs, sums, zero, PLANES, GROUPS, SETS, BF16),)
+                totals = new
+        store_sums(totals, buffer + warp * SUMS, COLUMNS, SETS, R, PLANES)
         barrier()
         first, second = add_warps(buffer + p * 8, SUMS)
         if PLANES == 2:
             low, high = halves(scale.to(gl.uint32, bitcast=True), BF16)
             first, second = first * low, second * high
+        else:
+            second *= 0.0625
         if SETS > 0:
             factor = gl.load(factors + token, mask=token < tokens, other=0.0)
         finish(first * factor, second * factor, early, tile + tile_of, row_of, token, here, n, tiles, extra)

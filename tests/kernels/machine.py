@@ -296,7 +296,8 @@ class Threads:
 
     def _mma(self, instruction: Instruction) -> None:
         shape, kinds = instruction.names[3], instruction.names[6:]
-        if (shape, kinds[0], kinds[3]) not in (("m16n8k16", "f32", "f32"), ("m16n8k32", "s32", "s32")):
+        depths = {("f32", "f32"): ("m16n8k16",), ("s32", "s32"): ("m16n8k16", "m16n8k32")}
+        if shape not in depths.get((kinds[0], kinds[3]), ()):
             raise ptx.unknown(instruction)
         to, *sources = instruction.operands
         a, b, c = ([self._read(name, t) for name in s] for s, t in zip(sources, ("b32", "b32", kinds[0]), strict=True))

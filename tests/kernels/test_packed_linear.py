@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fastgen.kernels import fixed_point, fused, launch, packed_linear, packed_product, reference
+from fastgen.kernels import fixed_point, fused, launch, packed_linear, packed_product, packed_units, reference
 from fastgen.kernels.packed import Form, PackedLinear, form_of, pack_int4, pack_int8, unpack
 from quantize import int4, int8
 from tests.kernels import support
@@ -191,7 +191,7 @@ def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any]) -> An
     """Compile a kernel for a GPU that need not be there."""
     types = {
         "words": "*i32", "scales": "*i32", "factors": "*fp32", "best": "*fp32", "ids": "*i32", "tokens": "i32",
-        "n": "i32", "tiles": "i32", "late": "i32", "eps": "fp32",
+        "n": "i32", "tiles": "i32", "record": "i32", "eps": "fp32",
     }  # fmt: skip
     types |= {"x": "*i32"} if constants["SETS"] else {}
     signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
@@ -228,7 +228,7 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
     slot = packed_product.slot_bytes(*form, sets, shape.tiles)
     memory = packed_product.fixed_bytes(4096, form.groups, sets, shape.tiles) + fixed_point.WARPS.value * slots * slot
     assert compiled.metadata.shared == triton.cdiv(memory, 1024) * 1024, "nothing else lies in shared memory"
-    copies = shape.tiles * triton.cdiv(packed_product.record_bytes(*form), 512)
+    copies = triton.cdiv(packed_units.record_bytes(*form), 512 // shape.tiles)
     copies += triton.cdiv(fixed_point.digit_bytes(form.groups, sets), 512) if sets else 0
     assert ptx.count(copied) >= slots * copies, "all slots but one are filled ahead, and one in the loop"
     products = ptx[ptx.index("mma.sync") : ptx.rindex("mma.sync")]

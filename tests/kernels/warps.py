@@ -33,18 +33,18 @@ def multiplied(kinds: tuple[str, ...], a: list[Lanes], b: list[Lanes], c: list[L
     """mma.row.col of 16 rows and 8 columns: c + a b, given as the registers of a fragment, for types (D, A, B, C).
 
     A and B are words of 16-bit floats (K = 16), whose products are added in fp64 and rounded once, or of bytes
-    (K = 32), which are exact.
+    (K = 32, or 16 of half as many words), which are exact.
     """
     left, right = _columns(a, kinds[1]), _columns(b, kinds[2])
     wide = np.float64 if kinds[0] == "f32" else np.int64
-    warps, depth = left[0].shape[1], 8 * len(left)
+    warps, depth = left[0].shape[1], 2 * len(left) * len(a)
     first, second = np.zeros((warps, 16, depth), wide), np.zeros((warps, depth, 8), wide)
     total = np.zeros((warps, 16, 8), wide)
     for n in range(len(left)):
-        for j in range(4):
-            first[:, GROUP + 8 * (j % 2), len(left) * MEMBER + n + depth // 2 * (j // 2)] = left[n][j]
-        for j in range(2):
-            second[:, len(left) * MEMBER + n + depth // 2 * j, GROUP] = right[n][j]
+        for j in range(len(a)):
+            first[:, GROUP + 8 * (j % 2), len(left) * MEMBER + n + 4 * len(left) * (j // 2)] = left[n][j]
+        for j in range(len(b)):
+            second[:, len(left) * MEMBER + n + 4 * len(left) * j, GROUP] = right[n][j]
     for j in range(4):
         total[:, GROUP + 8 * (j // 2), 2 * MEMBER + j % 2] = c[j].reshape(-1, 32)
     with np.errstate(all="ignore"):
