@@ -105,6 +105,21 @@ def behind(source, turn, record, UNITS: gl.constexpr, TURNS: gl.constexpr, R: gl
     return source + gl.where(turn == TURNS - 1, (R * UNITS - (TURNS - 1) * WARPS) * record, WARPS * record)
 
 
+@gluon.jit
+def turn_behind(turn, TURNS: gl.constexpr):
+    """Return the turn of a tile that follows one, 0 behind the last."""
+    return gl.where(turn == TURNS - 1, 0, turn + 1)
+
+
+@gluon.jit
+def unknown(COUNT: gl.constexpr, record):
+    """Return COUNT, which the compiler cannot tell: a loop of so many turns stays one.
+
+    Code that runs once costs some ten clocks an instruction. `record`, the bytes of a record, are always more.
+    """
+    return gl.minimum(record, COUNT)
+
+
 @gluon.constexpr_function
 def unrolled(turns, sets):
     """Return how many turns are compiled one after the other: one's loads run beside the products of the one before.
@@ -180,20 +195,19 @@ def stream_product(  # noqa: PLR0912, PLR0915
     begin = gl.program_id(0) * tiles // gl.num_programs(0)
     end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
 
-    # A lane has copied `copied` turns; the next one's data is at `source` and goes to `next_slot`.
-    copied, next_slot = 0, 0
-    source, turns, turns_of_last, to = copies(words, begin, end, UNITS, TURNS, RECORD, R)
-    to += ring
-    for i in gl.static_range(STAGES - 1):
-        size = bytes_of_lane(i % TURNS, UNITS)
-        copy(to + next_slot, source, copied, turns, turns_of_last, size, RECORD, 32 // R)
-        if SETS == 0:
-            commit()
-        copied, next_slot = copied + 1, next_slot + SLOT
-        source = behind(source, i % TURNS, record, UNITS, TURNS, R)
     gains = None
     if norm is not None:
-        gains = load_row(norm, UNITS)
+        gains = load_row(norm, UNITS)  # first of all: behind the ring's copies they would wait for all of these
+    # What a lane copies next is of the `turn` of a tile, at `source`, and goes to `next_slot`.
+    source, turns, turns_of_last, to = copies(words, begin, end, UNITS, TURNS, RECORD, R)
+    to += ring
+    copied, next_turn, next_slot = 0, 0, 0
+    for _ in range(unknown(STAGES - 1, record)):
+        copy(to + next_slot, source, copied, turns, turns_of_last, bytes_of_lane(next_turn, UNITS), RECORD, 32 // R)
+        if SETS == 0:
+            commit()
+        source = behind(source, next_turn, record, UNITS, TURNS, R)
+        copied, next_turn, next_slot = copied + 1, turn_behind(next_turn, TURNS), next_slot + SLOT
     if PDL:
         statement("griddepcontrol.wait;")
         statement("griddepcontrol.launch_dependents;")
@@ -205,12 +219,15 @@ def stream_product(  # noqa: PLR0912, PLR0915
         x_source, x_to = x.to(gl.int64) + warp * BLOCK + lane * 16, ring + R * RECORD + lane * 16
         all_turns = (end - begin + R - 1) // R * TURNS + lane * 0 + warp * 0
         last_lanes = gl.where(lane * 16 < BLOCK % 512, all_turns, 0)
-        for i in gl.static_range(STAGES - 1):
-            size = bytes_of_lane(i % TURNS, UNITS)
+        next_turn = 0
+        for ahead in range(unknown(STAGES - 1, record)):
+            size = bytes_of_lane(next_turn, UNITS)
             copy(
-                x_to + i * SLOT, x_source + i % TURNS * (WARPS * BLOCK), i, all_turns, last_lanes, size, BLOCK, 32
+                x_to + ahead * SLOT, x_source + next_turn * (WARPS * BLOCK), ahead, all_turns, last_lanes, size, BLOCK,
+                32,
             )  # fmt: skip
             commit()
+            next_turn = turn_behind(next_turn, TURNS)
 
     words_at, scales_at, zeros_at = ring + lane * 16, ring + lane // 4 * 4, ring + lane // 4
     if SETS == 0:
@@ -234,8 +251,6 @@ def stream_product(  # noqa: PLR0912, PLR0915
         for some in range(0, TURNS, unrolled(TURNS, SETS)):
             for i in gl.static_range(unrolled(TURNS, SETS)):
                 turn = some + i
-                next_turn = turn + (STAGES - 1) % TURNS
-                next_turn = gl.where(next_turn >= TURNS, next_turn - TURNS, next_turn)
                 if SETS == 0:
                     xs, sums = load_token(digits_at + turn * (WARPS * BLOCK), sums_at + turn * (WARPS * BLOCK), GROUPS)
                 arrive(STAGES - 2)
@@ -254,7 +269,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
                 if SETS > 0:
                     xs, sums = load_tokens(digits_at + slot, sums_at + slot, R * RECORD, GROUPS, SETS)
                 source = behind(source, next_turn, record, UNITS, TURNS, R)
-                copied += 1
+                copied, next_turn = copied + 1, turn_behind(next_turn, TURNS)
                 next_slot = slot
                 slot = gl.where(slot == (STAGES - 1) * SLOT, 0, slot + SLOT)
                 for r in gl.static_range(R):

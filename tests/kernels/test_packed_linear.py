@@ -230,7 +230,7 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
     assert compiled.metadata.shared == triton.cdiv(memory, 1024) * 1024, "nothing else lies in shared memory"
     copies = triton.cdiv(packed_units.record_bytes(*form), 512 // shape.tiles)
     copies += triton.cdiv(fixed_point.digit_bytes(form.groups, sets), 512) if sets else 0
-    assert ptx.count(copied) >= slots * copies, "all slots but one are filled ahead, and one in the loop"
+    assert ptx.count(copied) >= 2 * copies, "slots are filled ahead, in a loop, and one in each turn"
     products = ptx[ptx.index("mma.sync") : ptx.rindex("mma.sync")]
     assert products.count("mma.sync.aligned.m16n8k32") >= 3 and "bar.sync" not in products
     assert "ld.shared.v4" in ptx and ".x4.shared" not in ptx, "operands are read as they lie there"
