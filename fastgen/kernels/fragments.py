@@ -55,14 +55,14 @@ def copy_text(size, lanes):
 
 
 @gluon.jit
-def copy(target, source, turn, turns, turns_of_last, bytes_a_lane, SIZE: gl.constexpr, LANES: gl.constexpr):
-    """Start a copy of SIZE bytes by LANES lanes from global to shared memory, if it is the `turn` of their `turns`.
+def copy(target, source, turn, turns, bytes_a_lane, SIZE: gl.constexpr, LANES: gl.constexpr):
+    """Start a copy of SIZE bytes by LANES lanes from global to shared memory, if `turn` is below turns[0].
 
-    source and target are a lane's own; the lanes that have a part of the last SIZE % (16 LANES) bytes copy that in
-    their `turns_of_last`. bytes_a_lane is 16, or 0 to fill with zeros.
+    source and target are a lane's own; the lanes that have a part of the last SIZE % (16 LANES) bytes copy that below
+    turns[1]. bytes_a_lane is 16, or 0 to fill with zeros.
     """
     gl.inline_asm_elementwise(
-        copy_text(SIZE, LANES), "=r,r,l,r,r,r,r", [target, source, turn, turns, turns_of_last, bytes_a_lane],
+        copy_text(SIZE, LANES), "=r,r,l,r,r,r,r", [target, source, turn, turns[0], turns[1], bytes_a_lane],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 

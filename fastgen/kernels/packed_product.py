@@ -48,6 +48,9 @@ from fastgen.kernels.fragments import (
 )
 from fastgen.kernels.packed_units import add_unit, alone, load_unit, record_bytes
 
+BEFORE_WAIT = gl.constexpr(48 << 10)
+"""Bytes that a program with one token's x asks for before it waits, about; the rest, behind x, shall not delay that."""
+
 UNROLLED = gl.constexpr(2)
 """The most turns in a row; a program that has few tiles runs its code once, at the pace of the instruction cache."""
 
@@ -103,6 +106,43 @@ def behind(source, turn, record, UNITS: gl.constexpr, TURNS: gl.constexpr, R: gl
     `record` is RECORD, but unknown to the compiler, which would keep a pointer for every sum of constants.
     """
     return source + gl.where(turn == TURNS - 1, (R * UNITS - (TURNS - 1) * WARPS) * record, WARPS * record)
+
+
+@gluon.constexpr_function
+def slots_before_wait(stages, slot):
+    """Return how many slots of the ring, of which one stays free, are filled before the wait."""
+    return min(stages - 1, max(1, round(BEFORE_WAIT.value / (WARPS.value * slot))))
+
+
+@gluon.jit
+def fill(
+    state, to, lane_turns, record, COUNT: gl.constexpr, COMMIT: gl.constexpr, UNITS: gl.constexpr,
+    TURNS: gl.constexpr, RECORD: gl.constexpr, SLOT: gl.constexpr, R: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of COUNT turns, each a group of its own if COMMIT says so; return the state behind them.
+
+    The state is: what a lane copies next, how many turns it has copied, which turn of a tile is next, and which slot.
+    """
+    source, copied, turn, slot = state
+    for _ in range(unknown(COUNT, record)):
+        copy(to + slot, source, copied, lane_turns, bytes_of_lane(turn, UNITS), RECORD, 32 // R)
+        if COMMIT:
+            commit()
+        source = behind(source, turn, record, UNITS, TURNS, R)
+        copied, turn, slot = copied + 1, turn_behind(turn, TURNS), slot + SLOT
+    return source, copied, turn, slot
+
+
+@gluon.jit
+def touched_behind(source, row):
+    """Return words that wait for nothing before the copies that end at `source` have been started.
+
+    Compilers would have x waited for in front of them. An address has no sign, which they cannot tell.
+    """
+    zero, words = (source >> 63).to(gl.uint32), ()
+    for i in gl.static_range(len(row)):
+        words += ((row[i][0] | zero, row[i][1] | zero, row[i][2] | zero, row[i][3] | zero),)
+    return words
 
 
 @gluon.jit
@@ -187,6 +227,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
     SLOT: gl.constexpr = slot_bytes(PLANES, GROUPS, ZEROS, SETS, R)
     SUMS: gl.constexpr = sums_bytes(R, SETS)
     FIXED: gl.constexpr = fixed_bytes(WIDTH, GROUPS, SETS, R)
+    EARLY: gl.constexpr = slots_before_wait(STAGES, SLOT) if SETS == 0 else STAGES - 1
     PAIRS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane, warp = lane_of(WARPS)
     memory, address = shared_memory((FIXED + WARPS * STAGES * SLOT + 1023) // 1024 * 1024, WARPS)
@@ -200,34 +241,29 @@ def stream_product(  # noqa: PLR0912, PLR0915
         gains = load_row(norm, UNITS)  # first of all: behind the ring's copies they would wait for all of these
     # What a lane copies next is of the `turn` of a tile, at `source`, and goes to `next_slot`.
     source, turns, turns_of_last, to = copies(words, begin, end, UNITS, TURNS, RECORD, R)
-    to += ring
-    copied, next_turn, next_slot = 0, 0, 0
-    for _ in range(unknown(STAGES - 1, record)):
-        copy(to + next_slot, source, copied, turns, turns_of_last, bytes_of_lane(next_turn, UNITS), RECORD, 32 // R)
-        if SETS == 0:
-            commit()
-        source = behind(source, next_turn, record, UNITS, TURNS, R)
-        copied, next_turn, next_slot = copied + 1, turn_behind(next_turn, TURNS), next_slot + SLOT
+    lane_turns, to = (turns, turns_of_last), to + ring
+    state = source, 0, 0, 0
+    state = fill(state, to, lane_turns, record, EARLY, SETS == 0, UNITS, TURNS, RECORD, SLOT, R)
     if PDL:
         statement("griddepcontrol.wait;")
         statement("griddepcontrol.launch_dependents;")
     if SETS == 0:
-        values, power, factor = scales_of(load_row(x, UNITS), gains, exchange_at, eps, WIDTH, BF16)
+        row = load_row(x, UNITS)
+        state = fill(state, to, lane_turns, record, STAGES - 1 - EARLY, True, UNITS, TURNS, RECORD, SLOT, R)
+        row = touched_behind(state[0], row)
+        values, power, factor = scales_of(row, gains, exchange_at, eps, WIDTH, BF16)
         stage_token(values, power, x_at, GROUPS)
         barrier()
     else:
         x_source, x_to = x.to(gl.int64) + warp * BLOCK + lane * 16, ring + R * RECORD + lane * 16
         all_turns = (end - begin + R - 1) // R * TURNS + lane * 0 + warp * 0
-        last_lanes = gl.where(lane * 16 < BLOCK % 512, all_turns, 0)
-        next_turn = 0
+        x_turns = all_turns, gl.where(lane * 16 < BLOCK % 512, all_turns, 0)
+        turn = 0
         for ahead in range(unknown(STAGES - 1, record)):
-            size = bytes_of_lane(next_turn, UNITS)
-            copy(
-                x_to + ahead * SLOT, x_source + next_turn * (WARPS * BLOCK), ahead, all_turns, last_lanes, size, BLOCK,
-                32,
-            )  # fmt: skip
+            size = bytes_of_lane(turn, UNITS)
+            copy(x_to + ahead * SLOT, x_source + turn * (WARPS * BLOCK), ahead, x_turns, size, BLOCK, 32)
             commit()
-            next_turn = turn_behind(next_turn, TURNS)
+            turn = turn_behind(turn, TURNS)
 
     words_at, scales_at, zeros_at = ring + lane * 16, ring + lane // 4 * 4, ring + lane // 4
     if SETS == 0:
@@ -238,6 +274,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
     tile_of, token = p // (8 * COLUMNS), p // 8 % COLUMNS
     zero = gl.zeros([WARPS, 32], gl.int32, lanes(WARPS))
     none = zero if PLANES == 2 else zero.to(gl.float32)
+    source, copied, next_turn, next_slot = state
     slot, buffer = 0, address
     for tile in range(begin, end, R):
         row_of = (tile + tile_of) * 8 + p % 8
@@ -259,12 +296,10 @@ def stream_product(  # noqa: PLR0912, PLR0915
                     places = words_at + slot, scales_at + slot, zeros_at + slot
                     units += (load_unit(places, r * RECORD, PLANES, GROUPS, ZEROS),)
                 size = bytes_of_lane(next_turn, UNITS)
-                copy(to + next_slot, source, copied, turns, turns_of_last, size, RECORD, 32 // R)
+                copy(to + next_slot, source, copied, lane_turns, size, RECORD, 32 // R)
                 if SETS > 0:
-                    copy(
-                        x_to + next_slot, x_source + next_turn * (WARPS * BLOCK), copied, all_turns, last_lanes, size,
-                        BLOCK, 32,
-                    )  # fmt: skip
+                    next_x = x_source + next_turn * (WARPS * BLOCK)
+                    copy(x_to + next_slot, next_x, copied, x_turns, size, BLOCK, 32)
                 commit()
                 if SETS > 0:
                     xs, sums = load_tokens(digits_at + slot, sums_at + slot, R * RECORD, GROUPS, SETS)
