@@ -14,15 +14,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels.fragments import (
-    add_bytes,
     barrier,
     digits,
     halves,
     lanes,
+    less_bytes,
     load_four,
     load_global,
     load_two,
     load_word,
+    reduced,
     shared_memory,
     statement,
     store_float,
@@ -69,13 +70,8 @@ def as_floats(words, BF16: gl.constexpr):
 
 
 @gluon.jit
-def scales_of(row, gains, address, eps, WIDTH: gl.constexpr, BF16: gl.constexpr):
-    """Return a row of WIDTH values times the gains in fp32, a power of two, and what the product is multiplied with.
-
-    The power brings the largest value to 22 bits; for an infinite or NaN value the last is NaN. 64 bytes at
-    `address` serve the exchange.
-    """
-    lane, warp = lane_of(WARPS)
+def scaled_row(row, gains, BF16: gl.constexpr):
+    """Return a row of x times the gains in fp32, and a lane's largest value without its sign and sum of x's squares."""
     squares = gl.zeros([WARPS, 32], gl.float32, lanes(WARPS))
     peak = gl.zeros([WARPS, 32], gl.int32, lanes(WARPS))
     values = ()
@@ -90,21 +86,37 @@ def scales_of(row, gains, address, eps, WIDTH: gl.constexpr, BF16: gl.constexpr)
         for j in gl.static_range(8):
             peak = gl.maximum(peak, eight[j].to(gl.int32, bitcast=True) & 0x7FFFFFFF)
         values += (eight,)
-    for i in gl.static_range(5):
-        peak = gl.maximum(peak, swapped(peak, 1 << i))
-        squares += swapped_float(squares, 1 << i)
-    store_float(address + warp * 4 + lane * 0, peak.to(gl.float32, bitcast=True), 0)
-    store_float(address + warp * 4 + lane * 0, squares, 32)
+    return values, peak, squares
+
+
+@gluon.jit
+def power_of(peak, address):
+    """Return a power of two that brings the largest of all lanes' values to 22 bits, and what it is made good with.
+
+    For an infinite or NaN value the second is NaN. All warps meet; 32 bytes at `address` serve the exchange.
+    """
+    lane, warp = lane_of(WARPS)
+    store_word(address + warp * 4 + lane * 0, reduced(peak, "max.u32"), 0)
     barrier()
-    a, b, c, d = load_four(address, 0), load_four(address, 16), load_four(address, 32), load_four(address, 48)
-    top = gl.maximum(highest(a), highest(b)) >> 23
+    top = gl.maximum(highest(load_four(address, 0)), highest(load_four(address, 16))) >> 23
     lifted = gl.maximum(top, 22)
-    power = ((275 - lifted) << 23).to(gl.float32, bitcast=True)
     factor = ((lifted - 21) << 23).to(gl.float32, bitcast=True)
-    factor = gl.where(top == 255, float("nan"), factor)
-    if gains is not None:
-        factor *= gl.rsqrt((sum_of(c) + sum_of(d)) / WIDTH + eps)
-    return values, power, factor
+    return ((275 - lifted) << 23).to(gl.float32, bitcast=True), gl.where(top == 255, float("nan"), factor)
+
+
+@gluon.jit
+def share_squares(squares, address):
+    """Store a warp's sum of the lanes' squares at `address`, of 32 bytes, for `rms_scale` behind a barrier."""
+    lane, warp = lane_of(WARPS)
+    for i in gl.static_range(5):
+        squares += swapped_float(squares, 1 << i)
+    store_float(address + warp * 4 + lane * 0, squares, 0)
+
+
+@gluon.jit
+def rms_scale(address, eps, WIDTH: gl.constexpr):
+    """Return what RMSNorm multiplies a row of WIDTH values with."""
+    return gl.rsqrt((sum_of(load_four(address, 0)) + sum_of(load_four(address, 16))) / WIDTH + eps)
 
 
 @gluon.jit
@@ -128,11 +140,25 @@ def digits_of(eight, power, GROUPS: gl.constexpr):
     sums = ()
     if GROUPS > 0:
         for d in gl.static_range(3):
-            total = add_bytes(first[d], add_bytes(second[d], 0))
-            for i in gl.static_range(4 if GROUPS == 1 else 3 if GROUPS == 2 else 2):
-                total += swapped(total, 1 << i)
-            sums += (-total,)
+            sums += (sum_of_group(less_bytes(first[d], less_bytes(second[d], 0)), GROUPS),)
     return first, second, sums
+
+
+@gluon.jit
+def sum_of_group(total, GROUPS: gl.constexpr):
+    """Return the sum of `total` over the lanes of a group of columns.
+
+    Of groups of a unit a warp has two: their sums, of at most 15 bits, are the halves of a single one of all lanes.
+    """
+    if GROUPS == 1:
+        lane, warp = lane_of(WARPS)
+        half = lane // 16 + warp * 0
+        both = reduced(total << half * 16, "add.s32")
+        return (both + (half << 15)) << (16 - half * 16) >> 16
+    else:
+        for i in gl.static_range(3 if GROUPS == 2 else 2):
+            total += swapped(total, 1 << i)
+        return total
 
 
 @gluon.jit
@@ -157,7 +183,12 @@ def prepare_kernel(
         statement("griddepcontrol.wait;")
     barrier()
     token = gl.program_id(0)
-    values, power, factor = scales_of(load_row(x + token * (UNITS * 128), UNITS), gains, address, eps, WIDTH, BF16)
+    values, peak, squares = scaled_row(load_row(x + token * (UNITS * 128), UNITS), gains, BF16)
+    if norm is not None:
+        share_squares(squares, address + 32)
+    power, factor = power_of(peak, address)
+    if norm is not None:
+        factor *= rms_scale(address + 32, eps, WIDTH)
     gl.store(factors + token, factor)
     for i in gl.static_range(len(values)):
         first, second, sums = digits_of(values[i], power, GROUPS)

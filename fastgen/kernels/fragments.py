@@ -230,10 +230,10 @@ def digits(four, power):
 
 
 @gluon.jit
-def add_bytes(word, total):
-    """Return total plus the four signed bytes of a word."""
+def less_bytes(word, total):
+    """Return total minus the four signed bytes of a word."""
     return gl.inline_asm_elementwise(
-        "dp4a.s32.s32 $0, $1, 0x01010101, $2;", "=r,r,r", [word, total], dtype=gl.int32, is_pure=True, pack=1
+        "dp4a.s32.s32 $0, $1, 0xffffffff, $2;", "=r,r,r", [word, total], dtype=gl.int32, is_pure=True, pack=1
     )  # fmt: skip
 
 
@@ -242,6 +242,14 @@ def swapped(value, MASK: gl.constexpr):
     """Return the integer of the lane whose number differs in the bits of MASK."""
     return gl.inline_asm_elementwise(
         f"shfl.sync.bfly.b32 $0, $1, {MASK}, 0x1f, 0xffffffff;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def reduced(value, HOW: gl.constexpr):
+    """Return the max.u32 or add.s32 of all lanes of a warp."""
+    return gl.inline_asm_elementwise(
+        f"redux.sync.{HOW} $0, $1, 0xffffffff;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1
     )  # fmt: skip
 
 

@@ -29,7 +29,10 @@ from fastgen.kernels.fixed_point import (
     load_row,
     load_token,
     load_tokens,
-    scales_of,
+    power_of,
+    rms_scale,
+    scaled_row,
+    share_squares,
     stage_token,
     token_places,
 )
@@ -69,7 +72,7 @@ def slot_bytes(planes, groups, zeros, sets, tiles):
 
 @gluon.constexpr_function
 def fixed_bytes(width, groups, sets, tiles):
-    """Return the shared memory beside the ring: the warps' sums twice, what `scales_of` exchanges, one token's x."""
+    """Return the shared memory beside the ring: the warps' sums twice, what is exchanged for its scale, one token's x."""
     units = (width + 128 * WARPS.value - 1) // (128 * WARPS.value) * WARPS.value
     alone = (units + 16 - 1) // 16 * 16 * digit_bytes(groups, 0)
     return 2 * WARPS.value * sums_bytes(tiles, sets) + 64 + (0 if sets else alone)
@@ -251,9 +254,14 @@ def stream_product(  # noqa: PLR0912, PLR0915
         row = load_row(x, UNITS)
         state = fill(state, to, lane_turns, record, STAGES - 1 - EARLY, True, UNITS, TURNS, RECORD, SLOT, R)
         row = touched_behind(state[0], row)
-        values, power, factor = scales_of(row, gains, exchange_at, eps, WIDTH, BF16)
+        values, peak, squares = scaled_row(row, gains, BF16)
+        power, factor = power_of(peak, exchange_at)
         stage_token(values, power, x_at, GROUPS)
+        if norm is not None:
+            share_squares(squares, exchange_at + 32)
         barrier()
+        if norm is not None:
+            factor *= rms_scale(exchange_at + 32, eps, WIDTH)
     else:
         x_source, x_to = x.to(gl.int64) + warp * BLOCK + lane * 16, ring + R * RECORD + lane * 16
         all_turns = (end - begin + R - 1) // R * TURNS + lane * 0 + warp * 0
