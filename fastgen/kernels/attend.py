@@ -1,34 +1,70 @@
 """Attention over the filled part of the cache: rotation, append, scores and values in one launch.
 
 A program serves one text, one key head, up to 16 of its (token, query head) rows, and one of SPLITS shares of the
-cache: the tiles of TILE positions whose number leaves the program's share when divided by SPLITS. Where the text
-ends is read on the device, so the grid never changes (CUDA graphs) and the cost follows the filled part: programs
-without a tile leave at once. The last program of a head to finish (a ticket decides) adds up the shares.
+cache. A warp has 16 positions, and a program's eight warps a tile of 128; SPAN tiles in a row belong to one share, the
+next SPAN to the next. Where the text ends is read on the device, so the grid never changes (CUDA graphs) and the cost
+follows the filled part: programs without a tile leave at once.
 
+- A layer waits for this kernel, and with a short text it has little to read: what counts is what happens after the wait
+  for the new queries, keys and values. Keys and values are operands of the tensor cores as they come from memory
+  (`heads`); a warp takes softmax of its own positions, and warps and programs meet only at the end (`shares`).
+- Under programmatic dependent launch, the first tile is loaded into registers before the wait, which is where the next
+  tiles follow as soon as one is used. And a rehearsal runs then: the same code once more, with the old keys and
+  without new ones, stores nothing, and leaves code, rotations and gains in the caches. So positions, rotations and the
+  old cache are read before the wait: between whoever wrote them and the layers must stand a kernel that lets nobody
+  start early (`entry.embed`).
 - New keys are rotated by every program that needs them, and stored by one; nobody reads what another writes in
   the same launch, but for the partial results behind the ticket.
-- A row's bits depend on its own position alone: tiles lie at fixed positions, shares are added in fixed order, and
-  every program has 16 rows whatever the number of tokens, so that verified tokens equal decoded ones.
-- The head is two halves of d / 2 (padded to a power of two), because the rotation pairs j with j + d / 2; scores
-  are the sum of two products.
-- Under programmatic dependent launch, positions, rotations and the first tile of the cache are read before the wait:
-  between whoever wrote them and the layers must stand a kernel that lets nobody start early (`entry.embed`).
+- A row's bits depend on its own position alone: tiles and shares lie at fixed positions, and what a row does not see
+  adds exactly nothing, so that verified tokens equal decoded ones.
 
 Online softmax: arXiv 1805.02867; splitting over the keys: Flash-Decoding, arXiv 2311.01282; RoPE: 2104.09864.
 """
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from fastgen.kernels import launch
+from fastgen.kernels.fragments import barrier, lanes, statement, swapped_float
+from fastgen.kernels.heads import (
+    add_values,
+    heads_lines,
+    key_pitch,
+    load_heads,
+    load_keys,
+    load_new_keys,
+    load_queries,
+    load_values,
+    of_row,
+    pair,
+    place,
+    products,
+    query_bytes,
+    store_keys,
+    store_values,
+    turn_heads,
+)
+from fastgen.kernels.masked import store_two, store_word
+from fastgen.kernels.ring import ring_memory
+from fastgen.kernels.shares import add_shares, add_warps, exchange_lines, leave_rows, level_of
 
-ROWS = 16  # rows of a program, the smallest tile of the tensor cores
-TILE = 64  # positions
+ROWS = 16
+"""Rows of a program, the smallest tile of the tensor cores."""
+
 WARPS = 8
-REGISTERS = 168  # a thread; what is left lets the next kernel copy its first weights meanwhile
+"""Warps of a program; they are the order of every sum over positions."""
+
+SPAN = 2
+"""Tiles that one program takes before another shares in."""
+
+REHEARSALS = 1
+"""How often a program goes through its code while it waits for the kernel ahead."""
+
+REGISTERS = {1: 160, 2: 232}
+"""A thread, for 8 and 16 rows; what is left lets the next kernel copy its first weights meanwhile."""
 
 
 @torch.library.custom_op("fastgen::attend", mutates_args=("k_cache", "v_cache"))
@@ -47,7 +83,7 @@ def attend(
     """Return [B, T, H d]; see `reference.attend`.
 
     Args:
-        qkv: [B, T, (H + 2K) d] fp16 or bf16.
+        qkv: [B, T, (H + 2K) d] fp16 or bf16, d a multiple of 16.
         k_cache, v_cache: [B, K, S, d] of the same dtype, contiguous.
         positions: [B, T] int64, consecutive in a row.
         rope: [B, T, d] float32.
@@ -57,16 +93,17 @@ def attend(
     K, S, d = k_cache.shape[1:]
     H = width // d - 2 * K
     splits, groups = launch.split_count(K), triton.cdiv(T * (H // K), ROWS)
+    rows = min(ROWS, launch.next_power_of_two(T * (H // K)))
     out = torch.empty(B, T, H * d, dtype=qkv.dtype, device=qkv.device)
     cells = B * K * groups
-    partial = torch.empty(cells * splits * ROWS * (d + 2), dtype=torch.float32, device=qkv.device)
+    partial = torch.empty(cells * splits * rows * (d + 2), dtype=torch.float32, device=qkv.device)
     dependent = launch.dependent_launch(qkv.device)
     attend_kernel[(cells, splits)](
         qkv.contiguous(), k_cache, v_cache, positions.contiguous(), rope.contiguous(), q_norm, k_norm,
-        out, partial, launch.workspace(qkv.device), eps, scale * 1.4426950408889634, window, T, S,
-        K=K, G=H // K, D=d, HALF=max(16, launch.next_power_of_two(d // 2)), ROWS=ROWS, TILE=TILE,
-        SPLITS=splits, NORM=q_norm is not None, PDL=bool(dependent), num_warps=WARPS, num_stages=1,
-        maxnreg=REGISTERS, **dependent,
+        out, partial, launch.workspace(qkv.device), eps, scale * 1.4426950408889634, window,
+        REHEARSALS if dependent else 0, T, S, K=K, G=H // K, D=d, R=rows, N=launch.next_power_of_two(T), SPLITS=splits,
+        SPAN=SPAN, PDL=bool(dependent), WARPS=WARPS, num_warps=WARPS,
+        maxnreg=REGISTERS[triton.cdiv(rows, 8)] if dependent else 255, **dependent,
     )  # fmt: skip
     return out
 
@@ -80,162 +117,183 @@ def _(
     return qkv.new_empty(B, T, width - 2 * k_cache.shape[1] * k_cache.shape[3])
 
 
-@triton.jit
-def attend_kernel(  # noqa: PLR0915
-    qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, out, partial, tickets, eps, scale, window, T, S,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+@gluon.jit(do_not_specialize=["window", "rehearsals", "T", "S"])
+def attend_kernel(  # noqa: PLR0912, PLR0915
+    qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, out, partial, tickets, eps, scale, window, rehearsals, T, S,
+    K: gl.constexpr, G: gl.constexpr, D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, SPLITS: gl.constexpr,
+    SPAN: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Grid (B K groups, SPLITS); partial holds SPLITS x ROWS x (D values, maximum, sum) fp32 a cell; tickets are 0."""
-    cell, share = tl.program_id(0), tl.program_id(1)
-    groups = tl.cdiv(T * G, ROWS)
-    group, head, text = cell % groups, (cell // groups) % K, cell // (groups * K)
-    begin = tl.load(positions + text * T).to(tl.int32)  # position of the first new token
-    lowest = tl.maximum(begin - window + 1, 0) // TILE if window > 0 else 0
-    last = (begin + T - 1) // TILE
-    tile = lowest + (share - lowest % SPLITS + SPLITS) % SPLITS
-    cache = (text * K + head).to(tl.int64) * S * D
-    if PDL:
-        gdc_launch_dependents()
-    if tile > last:
-        return
-    half = tl.arange(0, HALF)
-    row = group * ROWS + tl.arange(0, ROWS)
-    row_token = tl.minimum(row // G, T - 1)
-    turn = rope + (text * T + row_token)[:, None] * D + half[None, :]
-    in_half = (half < D // 2)[None, :]
-    cos = tl.load(turn, mask=in_half, other=0.0)
-    sin = tl.load(turn + D // 2, mask=in_half, other=0.0)
-    next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, tile, begin, half, D, TILE)
-    if PDL:
-        gdc_wait()
+    """Grid (B K groups, SPLITS); partial: see `shares.add_shares`, for each cell; tickets are 0.
 
-    stride = (G * K + 2 * K) * D
-    source = qkv + text.to(tl.int64) * T * stride
-    q_at = source + (row_token * stride + (head * G + row % G) * D)[:, None] + half[None, :]
-    q1, q2 = _turned_head(q_at, cos, sin, (row < T * G)[:, None] & in_half, q_norm, half, eps, D, NORM)
-    position = begin + row_token
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    sums = tl.zeros([ROWS], tl.float32)
-    y1 = tl.zeros([ROWS, HALF], tl.float32)
-    y2 = tl.zeros([ROWS, HALF], tl.float32)
-    for t in range(tile, last + 1, SPLITS):
-        key = t * TILE + tl.arange(0, TILE)
-        at = cache + key.to(tl.int64)[:, None] * D + half[None, :]
-        k1, k2, v1, v2 = next_k1, next_k2, next_v1, next_v2
-        next_k1, next_k2, next_v1, next_v2 = _cached_tile(k_cache, v_cache, cache, t + SPLITS, begin, half, D, TILE)
-        if t * TILE + TILE > begin:
-            token = tl.minimum(tl.maximum(key - begin, 0), T - 1)
-            new = ((key >= begin) & (key < begin + T))[:, None] & in_half
-            key_turn = rope + (text * T + token)[:, None] * D + half[None, :]
-            key_cos = tl.load(key_turn, mask=new, other=0.0)
-            key_sin = tl.load(key_turn + D // 2, mask=new, other=0.0)
-            k_at = source + (token * stride + (K * G + head) * D)[:, None] + half[None, :]
-            n1, n2 = _turned_head(k_at, key_cos, key_sin, new, k_norm, half, eps, D, NORM)
-            m1 = tl.load(k_at + K * D, mask=new, other=0.0)
-            m2 = tl.load(k_at + K * D + D // 2, mask=new, other=0.0)
-            store = new & (group == 0)
-            tl.store(k_cache + at, n1, mask=store)
-            tl.store(k_cache + at + D // 2, n2, mask=store)
-            tl.store(v_cache + at, m1, mask=store)
-            tl.store(v_cache + at + D // 2, m2, mask=store)
-            k1, k2 = tl.where(new, n1, k1), tl.where(new, n2, k2)
-            v1, v2 = tl.where(new, m1, v1), tl.where(new, m2, v2)
-        scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee") * scale
-        visible = key[None, :] <= position[:, None]
-        if window > 0:
-            visible = visible & (key[None, :] > position[:, None] - window)
-        scores = tl.where(visible, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        level = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - level[:, None])
-        kept = tl.exp2(top - level)
-        sums = sums * kept + tl.sum(weights, axis=1)
-        weights = weights.to(v1.dtype)
-        y1 = tl.dot(weights, v1, y1 * kept[:, None], input_precision="ieee")
-        y2 = tl.dot(weights, v2, y2 * kept[:, None], input_precision="ieee")
-        top = higher
-
-    out_at = out + (text * T + row_token).to(tl.int64) * (G * K * D) + (head * G + row % G) * D
-    out_at = out_at[:, None] + half[None, :]
-    mine = (row < T * G)[:, None] & in_half
-    shares = tl.minimum(last - lowest + 1, SPLITS)
-    if shares == 1:
-        tl.store(out_at, (y1 / sums[:, None]).to(out.dtype.element_ty), mask=mine)
-        tl.store(out_at + D // 2, (y2 / sums[:, None]).to(out.dtype.element_ty), mask=mine)
-        return
-    base = partial + cell.to(tl.int64) * SPLITS * ROWS * (D + 2)
-    slot = base + (share * ROWS + tl.arange(0, ROWS)) * (D + 2)
-    tl.store(slot[:, None] + half[None, :], y1, mask=mine)
-    tl.store(slot[:, None] + D // 2 + half[None, :], y2, mask=mine)
-    tl.store(slot + D, top)
-    tl.store(slot + D + 1, sums)
-    tl.debug_barrier()
-    if tl.atomic_add(tickets + cell, 1, sem="acq_rel") != shares - 1:
-        return
-    tl.store(tickets + cell, 0)
-    _add_shares(base, out_at, mine, half, lowest, shares, D, HALF, ROWS, SPLITS)
-
-
-@triton.jit
-def _cached_tile(k_cache, v_cache, cache, tile, begin, half, D: tl.constexpr, TILE: tl.constexpr):
-    """Load the halves of a tile's keys and values that stood in the cache before this launch, 0 elsewhere."""
-    key = tile * TILE + tl.arange(0, TILE)
-    at = cache + key.to(tl.int64)[:, None] * D + half[None, :]
-    old = (key < begin)[:, None] & (half < D // 2)[None, :]
-    return (
-        tl.load(k_cache + at, mask=old, other=0.0), tl.load(k_cache + at + D // 2, mask=old, other=0.0),
-        tl.load(v_cache + at, mask=old, other=0.0), tl.load(v_cache + at + D // 2, mask=old, other=0.0),
-    )  # fmt: skip
-
-
-@triton.jit
-def _turned_head(at, cos, sin, here, norm, half, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """Load the two halves of some heads, normalize (NORM) and rotate them; rounded where the reference rounds."""
-    a = tl.load(at, mask=here, other=0.0)
-    b = tl.load(at + D // 2, mask=here, other=0.0)
-    dtype = a.dtype
-    a, b = a.to(tl.float32), b.to(tl.float32)
-    if NORM:
-        factor = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
-        gain_a = tl.load(norm + half, mask=half < D // 2, other=0.0).to(tl.float32)[None, :]
-        gain_b = tl.load(norm + half + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)[None, :]
-        a, b = (a * factor * gain_a).to(dtype).to(tl.float32), (b * factor * gain_b).to(dtype).to(tl.float32)
-    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
-
-
-@triton.jit
-def _add_shares(
-    base, out_at, mine, half, lowest, shares, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Add the partial results of a cell in the order of their shares and store the output.
-
-    Four shares are loaded at a time; `.cg` because an L1 may hold what another layer left at these addresses.
+    R is the number of rows of a program, or the power of two above it; N is that of T.
     """
-    row = tl.arange(0, ROWS)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    sums = tl.zeros([ROWS], tl.float32)
-    y1 = tl.zeros([ROWS, HALF], tl.float32)
-    y2 = tl.zeros([ROWS, HALF], tl.float32)
-    end = shares if lowest % SPLITS == 0 else SPLITS  # the shares present are then the first ones
-    for start in range(0, end, 4):
-        for offset in tl.static_range(4):
-            share = start + offset
-            here = (share < SPLITS) & ((share - lowest % SPLITS + SPLITS) % SPLITS < shares)
-            slot = base + (share * ROWS + row) * (D + 2)
-            value = slot[:, None] + half[None, :]
-            a1 = tl.load(value, mask=mine & here, other=0.0, cache_modifier=".cg")
-            a2 = tl.load(value + D // 2, mask=mine & here, other=0.0, cache_modifier=".cg")
-            peak = tl.load(slot + D, mask=here, other=float("-inf"), cache_modifier=".cg")
-            mass = tl.load(slot + D + 1, mask=here, other=0.0, cache_modifier=".cg")
-            higher = tl.maximum(top, peak)
-            level = tl.where(higher == float("-inf"), 0.0, higher)
-            kept, weight = tl.exp2(top - level), tl.exp2(peak - level)
-            sums = sums * kept + weight * mass
-            y1 = y1 * kept[:, None] + weight[:, None] * a1
-            y2 = y2 * kept[:, None] + weight[:, None] * a2
-            top = higher
-    tl.store(out_at, (y1 / sums[:, None]).to(out_at.dtype.element_ty), mask=mine)
-    tl.store(out_at + D // 2, (y2 / sums[:, None]).to(out_at.dtype.element_ty), mask=mine)
+    SETS: gl.constexpr = 2 if R > 8 else 1
+    CHUNKS: gl.constexpr = (D + 63) // 64
+    STRIDE: gl.constexpr = (G * K + 2 * K) * D
+    TILE: gl.constexpr = 16 * WARPS
+    BF16: gl.constexpr = qkv.dtype.element_ty == gl.bfloat16
+    L: gl.constexpr = lanes(WARPS)
+    cell, share = gl.program_id(0), gl.program_id(1)
+    groups = gl.cdiv(T * G, 16)
+    group, head, text = cell % groups, (cell // groups) % K, cell // (groups * K)
+    begin = gl.load(positions + text * T).to(gl.int32)  # position of the first new token
+    lowest = gl.where(window > 0, gl.maximum(begin - window + 1, 0), 0) // TILE
+    last = (begin + T - 1) // TILE
+    origin = lowest // SPAN
+    shares = gl.minimum(last // SPAN - origin + 1, SPLITS)
+    first = gl.maximum((origin + (share - origin % SPLITS + SPLITS) % SPLITS) * SPAN, lowest)
+    if PDL:
+        statement("griddepcontrol.launch_dependents;")
+    if first > last:
+        return
+
+    memory, address = ring_memory(exchange_lines(WARPS, R, D) + heads_lines(R, N, D))
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, L))[:, None]
+    lane = gl.arange(0, 32, gl.SliceLayout(0, L))[None, :] + warp * 0
+    g, t = lane // 4, lane % 4
+    zero, none = lane * 0.0, (lane * 0).to(gl.uint32)
+    nothing = (none, none, none, none)
+    cache = (text * K + head).to(gl.int64) * S * D
+    source = qkv + text.to(gl.int64) * T * STRIDE
+    key_at, value_at = 16 * warp + g, 16 * warp + 2 * t  # in a tile
+    cached_key, cached_value = k_cache + cache + key_at * D + 8 * t, v_cache + cache + value_at * D + 8 * g
+    new_value = source + (G * K + K + head) * D + 8 * g
+    turned_at = address + exchange_lines(WARPS, R, D) * 512
+    tokens = ()
+    for s in gl.static_range(SETS):
+        tokens += (gl.minimum(group * 16 + g + 8 * s, T * G - 1) // G,)
+    keys = load_keys(
+        ((nothing,) * (2 * CHUNKS),) * 2, cached_key + first * (TILE * D), begin - first * TILE - key_at, t, D
+    )  # fmt: skip
+    at = begin - first * TILE - value_at
+    values = load_values((nothing,) * (4 * CHUNKS), cached_value + first * (TILE * D), 0, at, g, D, D)
+
+    for attempt in range(rehearsals + 1):
+        live = attempt == rehearsals
+        end, fresh = gl.where(live, last, first), gl.where(live, T, 0)  # a rehearsal sees one tile, and nothing new
+        barrier()
+        if PDL:  # noqa: SIM102  (decided when it is compiled)
+            if live:
+                statement("griddepcontrol.wait;")
+        heads = load_heads(
+            warp, lane, (R, group * 16, T * G - 1), T, source + head * (G * D), (G * K - G * head + head) * D,
+            rope + text * T * D, (q_norm, k_norm), live, G, N, STRIDE, D, WARPS,
+        )  # fmt: skip
+        statement("bar.warp.sync 0xffffffff;")  # the assembler would load these first, but those are needed first
+        values = load_values(values, new_value - at * STRIDE, at, at + fresh, g, STRIDE, D)
+        turn_heads(heads, turned_at, warp, lane, eps, R, N, q_norm is not None, D, BF16, WARPS)
+        barrier()
+        queries = load_queries(turned_at, g, t, R, D)
+
+        tops, sums = (zero + float("-inf"),) * SETS, (zero,) * SETS
+        y = (((zero, zero, zero, zero),) * (4 * CHUNKS),) * SETS
+        tile = first
+        while tile <= end:
+            start = begin - tile * TILE
+            appends = start < TILE
+            if appends:
+                low, high = start - key_at, start - key_at + fresh
+                new_key = turned_at + query_bytes(R, D) - low * key_pitch(D)
+                keys = load_new_keys(keys, new_key, low, high, t, D)
+                store_keys(
+                    keys, cached_key + tile * (TILE * D), low, gl.where(group == 0, high, low), t, D
+                )  # fmt: skip
+            scores = products(queries, keys, SETS, BF16)
+            following = next_tile(tile, SPAN, SPLITS)
+            if following <= end:
+                low = begin - following * TILE - key_at
+                keys = load_keys(keys, cached_key + following * (TILE * D), low, t, D)
+            limits = ()
+            for s in gl.static_range(SETS):
+                limits += (begin + tokens[s] - tile * TILE - value_at,)
+            tops, sums, y, weights = take_scores(tops, sums, y, scores, limits, window, scale, t, BF16)
+            y = add_values(y, weights, values, BF16)
+            if appends:
+                low = start - value_at
+                high = gl.where(group == 0, low + fresh, low)
+                store_values(values, cached_value + tile * (TILE * D), low, high, g, D)
+            if following <= end:
+                low = begin - following * TILE - value_at
+                values = load_values(values, cached_value + following * (TILE * D), 0, low, g, D, D)
+                values = load_values(values, new_value - low * STRIDE, low, low + fresh, g, STRIDE, D)
+            tile = following
+
+        totals = ()
+        for s in gl.static_range(SETS):
+            total = sums[s] + swapped_float(sums[s], 1)
+            totals += (total + swapped_float(total, 2),)
+        leave_rows(address, warp, lane, tops, totals, y, R, D, WARPS)
+        barrier()
+        for n in gl.static_range((R * (D // 2) + 32 * WARPS - 1) // (32 * WARPS)):
+            unit = n * (32 * WARPS) + warp * 32 + lane
+            row, dim = unit // (D // 2), unit % (D // 2) * 2
+            here = live & (group * 16 + row < T * G) & (row < R)
+            top, total, first_y, second_y = add_warps(address, gl.where(row < R, row, 0), dim, R, D, WARPS)
+            if shares == 1:
+                store_word(
+                    row_of(out, text, head, group * 16 + row, T, K, G, D) + dim,
+                    pair(first_y / total, second_y / total, BF16), here,
+                )  # fmt: skip
+            else:
+                base = partial + cell.to(gl.int64) * (SPLITS * R * (D + 2))
+                store_two(base + (share * R + row) * D + dim, first_y, second_y, here)
+                store_two(base + SPLITS * R * D + (share * R + row) * 2, top, total, here & (dim == 0))
+
+    if shares > 1:
+        barrier()
+        if gl.atomic_add(tickets + cell, 1, sem="acq_rel") == shares - 1:
+            gl.store(tickets + cell, 0)
+            for n in gl.static_range((R * (D // 2) + 32 * WARPS - 1) // (32 * WARPS)):
+                unit = n * (32 * WARPS) + warp * 32 + lane
+                row, dim = unit // (D // 2), unit % (D // 2) * 2
+                here = (group * 16 + row < T * G) & (row < R)
+                base = partial + cell.to(gl.int64) * (SPLITS * R * (D + 2))
+                first_y, second_y = add_shares(base, row, dim, here, origin % SPLITS, shares, R, D, SPLITS)
+                store_word(
+                    row_of(out, text, head, group * 16 + row, T, K, G, D) + dim, pair(first_y, second_y, BF16), here
+                )  # fmt: skip
+    memory._keep_alive()
+
+
+@gluon.jit
+def take_scores(tops, sums, y, scores, limits, window, scale, t, BF16: gl.constexpr):
+    """Return what a lane has of its rows, relative to a maximum that counts a tile's scores too, and their weights.
+
+    tops, sums: of row g (and g + 8), the sum of the lane's own positions; y: see `heads.add_values`; scores: see
+    `heads.products`; limits: the last position that a row sees, relative to 2t; weights: words for either eight.
+    """
+    higher, more, kept, weights = (), (), (), ()
+    for s in gl.static_range(len(tops)):
+        floor = gl.where(window > 0, limits[s] - window, -1)
+        seen = ()
+        for n in gl.static_range(4):
+            visible = (limits[s] >= place(n)) & (floor < place(n))
+            seen += (gl.where(visible, scores[n // 2][2 * s + n % 2] * scale, float("-inf")),)
+        top = gl.maximum(gl.maximum(seen[0], seen[1]), gl.maximum(seen[2], seen[3]))
+        top = gl.maximum(top, swapped_float(top, 1))
+        top = gl.maximum(tops[s], gl.maximum(top, swapped_float(top, 2)))
+        level = level_of(top)
+        w = (gl.exp2(seen[0] - level), gl.exp2(seen[1] - level), gl.exp2(seen[2] - level), gl.exp2(seen[3] - level))
+        less = gl.exp2(tops[s] - level)
+        higher += (top,)
+        more += (gl.fma(sums[s], less, (w[0] + w[1]) + (w[2] + w[3])),)
+        a, b = of_row(less, 8 * t), of_row(less, 8 * t + 4)  # y has rows 2t, 2t + 1
+        fours = ()
+        for n in gl.static_range(len(y[s])):
+            four = y[s][n]
+            fours += ((four[0] * a, four[1] * b, four[2] * a, four[3] * b),)
+        kept += (fours,)
+        weights += ((pair(w[0], w[1], BF16), pair(w[2], w[3], BF16)),)
+    return higher, more, kept, weights
+
+
+@gluon.jit
+def next_tile(tile, SPAN: gl.constexpr, SPLITS: gl.constexpr):
+    """Return the tile after one in the same share."""
+    return gl.where((tile + 1) % SPAN == 0, tile + 1 + SPAN * (SPLITS - 1), tile + 1)
+
+
+@gluon.jit
+def row_of(out, text, head, row, T, K: gl.constexpr, G: gl.constexpr, D: gl.constexpr):
+    """Return where a row of a text's key head lies in the output."""
+    return out + ((text * T + row // G).to(gl.int64) * (G * K) + head * G + row % G) * D

@@ -1,9 +1,9 @@
 """The stages of `reference` as kernels, one launch each, for decoding on CUDA.
 
 Hand this module to a model in place of the reference: Transformer(config, stages=fused). The kernels take up to 16
-tokens (texts x new tokens) in bf16 or fp16 whose linears are plain or `PackedLinear` (int4, int8); anything else goes
-to the reference, so the same model prefills or runs on a CPU. Positions of several new tokens must be consecutive,
-and launches on two streams of one GPU must not overlap.
+tokens (texts x new tokens) in bf16 or fp16 whose linears are plain or `PackedLinear` (int4, int8), and heads whose
+dims are a multiple of 16; anything else goes to the reference, so the same model prefills or runs on a CPU. Positions
+of several new tokens must be consecutive, and launches on two streams of one GPU must not overlap.
 
     prepare(device)      # before anything is compiled or captured
 """
@@ -132,7 +132,7 @@ def attend(
     k_norm: nn.RMSNorm | None = None,
 ) -> Tensor:
     """See `reference.attend`."""
-    if not _fits(qkv, k_cache):
+    if not _fits(qkv, k_cache) or k_cache.shape[3] % 16:
         return reference.attend(qkv, k_cache, v_cache, step, scale=scale, window=window, q_norm=q_norm, k_norm=k_norm)
     q_gain, k_gain = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
     eps = 0.0 if q_norm is None else _eps(q_norm)

@@ -7,13 +7,14 @@ import pytest
 import torch
 import triton
 
-from fastgen.kernels import head, launch, linear_add, norm_linear, norm_swiglu, product
+from fastgen.kernels import attend, head, launch, linear_add, norm_linear, norm_swiglu, product
 from fastgen.kernels.launch import Shape
 from tests.kernels import support
 from tests.kernels.machine import OnMachine
 
 KERNELS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (norm_linear, "norm_linear_kernel", ("x",)),
+    (attend, "attend_kernel", ("qkv",)),
     (linear_add, "linear_add_kernel", ("x", "residual")),
     (norm_swiglu, "norm_swiglu_kernel", ("x",)),
     (head, "greedy_head_kernel", ("x",)),

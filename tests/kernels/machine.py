@@ -6,11 +6,12 @@ for sm_90 or sm_80, with one numpy value a thread and register, on the tensors o
     monkeypatch.setattr(module, "some_kernel", OnMachine(module.some_kernel, ahead=("x",)))
     module.op(x, weight)        # launches some_kernel[grid](...) as on a GPU
 
-It models registers, predicates, shuffles, mma, memory and asynchronous copies, which land when they are waited for
-and not earlier. It raises `Fault` for accesses outside of tensors, addresses that are not aligned, shared memory that
-is read before its copy was waited for or without a barrier between writer and reader, and for tensors `ahead` (those
-that the kernel before this one writes under programmatic dependent launch) that are read before griddepcontrol.wait.
-What nobody wrote to shared memory is NaN. Branches must be taken by all threads of a program alike.
+It models registers, predicates, shuffles, mma, memory, tickets and asynchronous copies, which land when they are
+waited for and not earlier. It raises `Fault` for accesses outside of tensors, addresses that are not aligned, shared
+memory that is read before its copy was waited for or without a barrier between writer and reader, and for tensors
+`ahead` (those that the kernel before this one writes under programmatic dependent launch) that are read before
+griddepcontrol.wait. What nobody wrote to shared memory is NaN. Branches must be taken by all threads of a program
+alike.
 
 It does not model warps drifting apart otherwise, programs that run at the same time, caches, the order in which
 global memory becomes visible, or time.
@@ -232,7 +233,7 @@ class Threads:
     def _atomic(self, instruction: Instruction, mask: NDArray[np.bool_]) -> None:
         """atom.add: one thread after the other."""
         to, address, value = instruction.operands
-        if instruction.names[-3:] != ("global", "add", "u32"):
+        if not {"global", "add"}.issubset(instruction.names) or instruction.kind not in ("u32", "s32"):
             raise ptx.unknown(instruction)
         places, added, old = self._places(address, 4, mask, shared=False), self._read(value, "u32")[mask], []
         for place, more in zip(places, added, strict=True):

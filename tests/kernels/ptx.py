@@ -252,7 +252,7 @@ OPERATIONS: dict[str, Callable[..., Lanes]] = {
 """What takes all its operands in the type that the name ends with, and gives that."""
 
 
-MODIFIERS = {*CODES, "bf16x2", "f16x2", "rn", "ftz", "approx", "full", "lo", "wide", "wrap", "l", "r"} | {
+MODIFIERS = {*CODES, "bf16x2", "f16x2", "rn", "ftz", "approx", "full", "lo", "hi", "wide", "wrap", "l", "r"} | {
     order + unordered for order in ("eq", "ne", "lt", "le", "gt", "ge") for unordered in ("", "u")
 } | {"nan", "num"}  # fmt: skip
 """What may stand in the middle of a name; ftz is ignored, as no result here depends on subnormal numbers."""
@@ -281,9 +281,11 @@ def computed(instruction: Instruction, read: Callable[[Operand, str], Lanes]) ->
         return shifted(name == "shl", read(sources[0], kind.replace("b", "u")), read(sources[1], "u32")), kind
     if name in ("shf", "bfe", "dp4a", "lop3"):
         return _of_bits(instruction, read), kind
-    if instruction.names[1] == "wide":
+    if instruction.names[1] in ("wide", "hi"):
         wide = f"{kind[0]}{2 * int(kind[1:])}"
         product = read(sources[0], kind).astype(TYPES[wide]) * read(sources[1], kind).astype(TYPES[wide])
+        if instruction.names[1] == "hi":
+            return (product >> int(kind[1:])).astype(TYPES[kind]), kind
         return product + read(sources[2], wide) if name == "mad" else product, wide
     if name not in OPERATIONS:
         raise unknown(instruction)

@@ -1,20 +1,24 @@
 """attend: rotation, append and attention in one launch, against the reference."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
-from fastgen.kernels import fused, reference
-from fastgen.kernels.attend import attend, attend_kernel
+from fastgen.kernels import fused, launch, reference
+from fastgen.kernels.attend import REGISTERS, SPAN, WARPS, attend, attend_kernel
 from fastgen.kernels.reference import Step
 from tests.kernels import support
-from tests.kernels.support import compile_ahead, compiled_ahead, in_interpreter, on_gpu
+from tests.kernels.support import compiled_ahead, on_gpu
 
 ARGUMENTS = {
-    "qkv": "*bf16", "k_cache": "*bf16", "v_cache": "*bf16", "positions": "*i64", "rope": "*fp32", "out": "*bf16",
-    "partial": "*fp32", "tickets": "*i32", "eps": "fp32", "scale": "fp32", "window": "i32", "T": "i32", "S": "i32",
+    "qkv": "*bf16", "k_cache": "*bf16", "v_cache": "*bf16", "positions": "*i64", "rope": "*fp32", "q_norm": "*bf16",
+    "k_norm": "*bf16", "out": "*bf16", "partial": "*fp32", "tickets": "*i32", "eps": "fp32", "scale": "fp32",
+    "window": "i32", "rehearsals": "i32", "T": "i32", "S": "i32",
 }  # fmt: skip
 
 
@@ -68,10 +72,11 @@ CASES = [
     {"heads": 8, "kv_heads": 2, "d": 64},
     {"heads": 16, "kv_heads": 2, "d": 128, "normalized": True},
     {"heads": 6, "kv_heads": 2, "d": 96, "window": 50},
-    {"heads": 4, "kv_heads": 2, "d": 8},
+    {"heads": 4, "kv_heads": 2, "d": 16},
+    {"heads": 4, "kv_heads": 1, "d": 80},
 ]
 TEXTS = [
-    ([0], 1), ([1], 1), ([63], 1), ([64], 1), ([700], 1), ([0], 16), ([60], 5), ([1000], 16), ([5, 300, 0], 4),
+    ([0], 1), ([1], 1), ([127], 1), ([128], 1), ([700], 1), ([0], 16), ([125], 5), ([1000], 16), ([5, 300, 0], 4),
 ]  # fmt: skip
 """Where each text stands, and how many tokens it gets."""
 
@@ -96,7 +101,7 @@ def test_error_is_at_most_twice_torchs_and_the_cache_is_appended(
 
 @on_gpu
 @pytest.mark.parametrize("shape", CASES)
-@pytest.mark.parametrize("begin", [0, 57, 130, 900])
+@pytest.mark.parametrize("begin", [0, 121, 250, 900])
 def test_verified_tokens_have_the_bits_of_decoded_ones(shape: dict[str, Any], begin: int) -> None:
     together = Case([begin], 16, dtype=torch.bfloat16, **shape)
     alone = Case([begin], 16, dtype=torch.bfloat16, **shape)
@@ -108,6 +113,16 @@ def test_verified_tokens_have_the_bits_of_decoded_ones(shape: dict[str, Any], be
         decoded = fused.attend(qkv, alone.k_cache, alone.v_cache, step, **alone.options())
         assert torch.equal(decoded, verified[:, one]), f"token {token}"
     assert torch.equal(alone.k_cache.nan_to_num(), together.k_cache.nan_to_num())
+
+
+@on_gpu
+@pytest.mark.parametrize(("window", "normalized"), [(0, True), (2100, False)])
+def test_many_shares_of_a_long_text_add_up(window: int, normalized: bool) -> None:
+    shape = {"heads": 8, "kv_heads": 2, "d": 128, "capacity": 8192, "window": window, "normalized": normalized}
+    case = Case([5000], 3, dtype=torch.bfloat16, **shape)
+    exact, theirs = case.exact()[0], case.torchs()
+    actual = support.poisoned(lambda: fused.attend(case.qkv, case.k_cache, case.v_cache, case.step, **case.options()))
+    support.assert_as_good_as(actual, theirs, exact, "attend")
 
 
 @on_gpu
@@ -123,24 +138,105 @@ def test_compiles_in_one_graph_and_passes_opcheck() -> None:
     torch.library.opcheck(attend, case.arguments())
 
 
-@compiled_ahead
-@pytest.mark.parametrize(("capability", "pdl"), support.TARGETS)
-@pytest.mark.parametrize(("d", "group"), [(128, 1), (64, 4)])
-def test_compiles_without_a_gpu(d: int, group: int, capability: int, pdl: bool) -> None:
+@on_gpu
+def test_heads_that_are_no_multiple_of_16_go_to_the_reference() -> None:
+    case, other = (Case([70], 2, heads=4, kv_heads=2, d=8, dtype=torch.bfloat16) for _ in range(2))
+    for one in (case, other):
+        one.k_cache.nan_to_num_()
+        one.v_cache.nan_to_num_()
+    actual = fused.attend(case.qkv, case.k_cache, case.v_cache, case.step, **case.options())
+    assert torch.equal(actual, other.torchs())
+
+
+def compiled(d: int, group: int, tokens: int, capability: int, normalized: bool = False) -> Any:
+    """The kernel as it would be launched for one text with 32 query heads."""
+    rows = min(16, launch.next_power_of_two(tokens * group))
     constants = {
-        "q_norm": None, "k_norm": None, "K": 8, "G": group, "D": d, "HALF": d // 2, "ROWS": 16, "TILE": 64,
-        "SPLITS": 32, "NORM": False, "PDL": pdl,
-    }  # fmt: skip
-    compile_ahead(attend_kernel, capability, ARGUMENTS, constants)
+        "K": 32 // group, "G": group, "D": d, "R": rows, "N": launch.next_power_of_two(tokens), "SPLITS": 8,
+        "SPAN": SPAN, "PDL": capability >= 90, "WARPS": WARPS,
+    } | ({} if normalized else {"q_norm": None, "k_norm": None})  # fmt: skip
+    registers = REGISTERS[triton.cdiv(rows, 8)] if capability >= 90 else 255
+    return support.compile_ahead(attend_kernel, capability, ARGUMENTS, constants, warps=WARPS, maxnreg=registers)
 
 
-@in_interpreter
-@pytest.mark.parametrize(("begins", "tokens"), [([64], 1), ([5, 130], 2)])
-@pytest.mark.parametrize("shape", CASES[1:4])
-def test_agrees_with_the_reference_in_the_interpreter(shape: dict[str, Any], begins: list[int], tokens: int) -> None:
-    case = Case(begins, tokens, dtype=torch.float32, device="cpu", capacity=256, **shape)
-    exact, k, _ = case.exact()
-    actual = attend(*case.arguments())
-    assert support.distance(actual, exact) < 1e-5
+@compiled_ahead
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("d", "group", "tokens"), [(128, 1, 1), (64, 4, 16)])
+def test_the_first_tile_waits_in_registers(d: int, group: int, tokens: int, capability: int) -> None:
+    kernel = compiled(d, group, tokens, capability)
+    used, code = support.usage(kernel), kernel.asm["ptx"]
+    assert used["STACK"] == used["LOCAL"] == 0, f"registers are spilled: {used}"
+    loads = [found.start() for found in re.finditer(r"ld\.global\.v4", code)]
+    before = code.index("griddepcontrol.wait" if capability >= 90 else "mma.sync")
+    chunks = d // 64
+    assert sum(load < before for load in loads) >= 8 * chunks, "keys and values, sixteen bytes each"
+
+
+@compiled_ahead
+def test_the_next_kernel_has_room_beside_one_token() -> None:
+    kernel = compiled(128, 1, 1, 90)
+    assert kernel.metadata.shared <= 8 << 10
+    assert support.usage(kernel)["REG"] * 32 * WARPS <= (64 << 10) * 2 // 3
+
+
+ON_MACHINE = [
+    ({"heads": 2, "kv_heads": 1, "d": 128}, [0], 1, torch.bfloat16),
+    ({"heads": 8, "kv_heads": 2, "d": 64}, [130], 1, torch.float16),
+    ({"heads": 8, "kv_heads": 1, "d": 128, "normalized": True}, [127], 2, torch.bfloat16),
+    ({"heads": 2, "kv_heads": 2, "d": 96, "window": 50}, [60], 5, torch.float16),
+    ({"heads": 2, "kv_heads": 1, "d": 80}, [5, 300, 0], 4, torch.bfloat16),
+    ({"heads": 2, "kv_heads": 1, "d": 48, "window": 300, "normalized": True}, [900], 1, torch.bfloat16),
+    ({"heads": 3, "kv_heads": 1, "d": 16}, [1000], 16, torch.bfloat16),
+]
+"""Shape, where texts stand, their tokens, type: one share or two, which windows leave to the second first."""
+
+
+@compiled_ahead
+@pytest.mark.usefixtures("on_machine")
+@pytest.mark.parametrize(("shape", "begins", "tokens", "dtype"), ON_MACHINE)
+def test_on_the_machine_it_is_as_good_as_torch_and_appends(
+    shape: dict[str, Any], begins: list[int], tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "split_count", lambda kv_heads: 2)
+    case = Case(begins, tokens, dtype=dtype, device="cpu", **shape)
+    exact, k, v = case.exact()
+    theirs = case.torchs()
+    support.assert_as_good_as(attend(*case.arguments()), theirs, exact, "attend")
+    assert not launch.workspace(torch.device("cpu")).any(), "tickets are given back"
     for row, begin in enumerate(begins):
-        assert support.distance(case.k_cache[row, :, : begin + tokens], k[row, :, : begin + tokens]) < 1e-5
+        for ours, right in ((case.k_cache, k), (case.v_cache, v)):
+            assert ours[row, :, begin + tokens :].isnan().all(), "written behind the text"
+            assert support.distance(ours[row, :, : begin + tokens], right[row, :, : begin + tokens]) < 4e-3
+
+
+@compiled_ahead
+@pytest.mark.usefixtures("on_machine")
+def test_on_the_machine_many_shares_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgen.kernels.attend.SPAN", 1)
+    monkeypatch.setattr(launch, "split_count", lambda kv_heads: 16)
+    for begin, window in ((1200, 0), (2200, 1150)):  # shares 0 to 9, then 8 to 15, 0 and 1
+        shape = {"heads": 2, "kv_heads": 1, "d": 16, "device": "cpu", "capacity": 2304, "window": window}
+        case = Case([begin], 1, dtype=torch.bfloat16, **shape)
+        exact, theirs = case.exact()[0], case.torchs()
+        support.assert_as_good_as(attend(*case.arguments()), theirs, exact, "attend")
+
+
+@compiled_ahead
+@pytest.mark.parametrize(("begin", "window", "dependent"), [(249, 0, True), (120, 125, False)])
+def test_on_the_machine_a_token_has_the_same_bits_among_others(
+    begin: int, window: int, dependent: bool, on_machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "split_count", lambda kv_heads: 2)
+    on_machine(launch.DEFAULT[0], dependent=dependent)
+    shape = {"heads": 4, "kv_heads": 2, "d": 64, "dtype": torch.bfloat16, "device": "cpu", "window": window}
+    together, alone = (Case([begin], 16, **shape) for _ in range(2))
+    verified = attend(*together.arguments())
+    at = 0
+    for tokens in (1, 3, 1, 5, 6):
+        some = slice(at, at + tokens)
+        qkv, k_cache, v_cache, positions, rope, *rest = alone.arguments()
+        decoded = attend(qkv[:, some].contiguous(), k_cache, v_cache, positions[:, some], rope[:, some], *rest)
+        assert torch.equal(decoded, verified[:, some]), f"tokens {at} to {at + tokens}"
+        at += tokens
+    for ours, theirs in ((alone.k_cache, together.k_cache), (alone.v_cache, together.v_cache)):
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())

@@ -73,6 +73,12 @@ def rows_kernel(x, out, STRIDE: gl.constexpr):
 
 
 @gluon.jit
+def ticket_kernel(tickets, out):
+    """out[i] = the i-th program's ticket."""
+    gl.store(out + gl.program_id(0), gl.atomic_add(tickets, 2, sem="acq_rel"))
+
+
+@gluon.jit
 def unknown_kernel(out):
     """An instruction that the machine lacks."""
     statement("membar.gl;")
@@ -123,6 +129,12 @@ def test_a_copy_is_there_for_its_own_lane_after_the_wait_and_for_others_after_a_
     with pytest.raises(Fault, match="another thread wrote since the last barrier"):
         copied(True, True, False, 3)
     assert copied(False, True, True, 0)[1].eq(-1).all(), "what nobody wrote is NaN"
+
+
+def test_programs_take_tickets_in_turn() -> None:
+    tickets, out = torch.zeros(1, dtype=torch.int32), torch.empty(5, dtype=torch.int32)
+    OnMachine(ticket_kernel)[(5,)](tickets, out, num_warps=2)
+    assert out.tolist() == [0, 2, 4, 6, 8] and tickets.item() == 10
 
 
 def test_an_unknown_instruction_is_named() -> None:

@@ -1,0 +1,111 @@
+"""Loads and stores that some lanes skip, in PTX.
+
+A lane that skips a load keeps what it has, so the registers of a tile fill from several places, and nothing waits for a
+load before its result is used. All are volatile, hence stay in their order, behind a wait for another kernel too.
+Values are tensors [warps, 32] as in `fastgen.kernels.fragments`. Source: PTX ISA, ld, st.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def load_over(words, pointer, here, OFFSET: gl.constexpr):
+    """Return four words of global memory from pointer + OFFSET bytes where `here` says so, `words` elsewhere."""
+    return gl.inline_asm_elementwise(
+        f"""{{ .reg .pred p; setp.ne.b32 p, $9, 0;
+        mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;
+        @p ld.global.v4.b32 {{$0, $1, $2, $3}}, [$8 + {OFFSET}]; }}""",
+        "=&r,=&r,=&r,=&r,r,r,r,r,l,r", [words[0], words[1], words[2], words[3], pointer, here.to(gl.int32)],
+        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_word_over(word, pointer, here, OFFSET: gl.constexpr):
+    """Return a word of global memory at pointer + OFFSET bytes where `here` says so, `word` elsewhere."""
+    return gl.inline_asm_elementwise(
+        f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, $1; @p ld.global.b32 $0, [$2 + {OFFSET}]; }}",
+        "=&r,r,l,r", [word, pointer, here.to(gl.int32)], dtype=gl.uint32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_two(pointer, here, OFFSET: gl.constexpr):
+    """Return two fp32 of global memory from pointer + OFFSET bytes where `here` says so, zeros elsewhere."""
+    return gl.inline_asm_elementwise(
+        f"""{{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0;
+        @p ld.global.v2.f32 {{$0, $1}}, [$2 + {OFFSET}]; }}""", "=&f,=&f,l,r", [pointer, here.to(gl.int32)],
+        dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_cold_two(pointer, here):
+    """Return two fp32 of global memory, past L1 (another layer may have left old ones there), or zeros."""
+    return gl.inline_asm_elementwise(
+        """{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0;
+        @p ld.global.cg.v2.f32 {$0, $1}, [$2]; }""", "=&f,=&f,l,r", [pointer, here.to(gl.int32)],
+        dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_four(pointer, words, here, OFFSET: gl.constexpr):
+    """Store four words in global memory at pointer + OFFSET bytes where `here` says so."""
+    gl.inline_asm_elementwise(
+        f"""{{ .reg .pred p; setp.ne.b32 p, $6, 0;
+        @p st.global.v4.b32 [$1 + {OFFSET}], {{$2, $3, $4, $5}}; mov.b32 $0, 0; }}""",
+        "=r,l,r,r,r,r,r", [pointer, words[0], words[1], words[2], words[3], here.to(gl.int32)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_two(pointer, first, second, here):
+    """Store two fp32 in global memory where `here` says so."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p st.global.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0; }", "=r,l,r,r,r",
+        [pointer, first.to(gl.uint32, bitcast=True), second.to(gl.uint32, bitcast=True), here.to(gl.int32)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_word(pointer, word, here):
+    """Store a word in global memory where `here` says so."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }", "=r,l,r,r",
+        [pointer, word, here.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_shared_over(words, address, here, OFFSET: gl.constexpr):
+    """Return four words of shared memory from address + OFFSET where `here` says so, `words` elsewhere."""
+    return gl.inline_asm_elementwise(
+        f"""{{ .reg .pred p; setp.ne.b32 p, $9, 0;
+        mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;
+        @p ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$8 + {OFFSET}]; }}""",
+        "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [words[0], words[1], words[2], words[3], address, here.to(gl.int32)],
+        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_shared(address, word, here, OFFSET: gl.constexpr):
+    """Store a word in shared memory at address + OFFSET where `here` says so."""
+    gl.inline_asm_elementwise(
+        f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.shared.b32 [$1 + {OFFSET}], $2; mov.b32 $0, 0; }}", "=r,r,r,r",
+        [address, word, here.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_four_floats(address, four, here, OFFSET: gl.constexpr):
+    """Store four fp32 in shared memory where `here` says so."""
+    gl.inline_asm_elementwise(
+        f"""{{ .reg .pred p; setp.ne.b32 p, $6, 0;
+        @p st.shared.v4.f32 [$1 + {OFFSET}], {{$2, $3, $4, $5}}; mov.b32 $0, 0; }}""", "=r,r,f,f,f,f,r",
+        [address, four[0], four[1], four[2], four[3], here.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
