@@ -42,7 +42,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     4: (Shape(2, 160, 1, 128), Shape(2, 190, 1, 128), Shape(2, 190, 1, 168)),
-    8: (Shape(1, 160, 1, 128), Shape(2, 190, 1, 128), Shape(1, 190, 1, 128)),
+    8: (Shape(2, 200, 1, 128), Shape(2, 190, 1, 128), Shape(1, 190, 1, 128)),
 }
 """By bits, for one token, for up to 8 and up to 16; one token's from sweeps on an H200."""
 

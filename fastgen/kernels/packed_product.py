@@ -72,7 +72,7 @@ def slot_bytes(planes, groups, zeros, sets, tiles):
 
 @gluon.constexpr_function
 def fixed_bytes(width, groups, sets, tiles):
-    """Return the shared memory beside the ring: the warps' sums twice, what is exchanged for its scale, one token's x."""
+    """Return the shared memory beside the ring: the warps' sums twice, what its scale needs, one token's x."""
     units = (width + 128 * WARPS.value - 1) // (128 * WARPS.value) * WARPS.value
     alone = (units + 16 - 1) // 16 * 16 * digit_bytes(groups, 0)
     return 2 * WARPS.value * sums_bytes(tiles, sets) + 64 + (0 if sets else alone)
