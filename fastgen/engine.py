@@ -89,6 +89,7 @@ class Engine:
         self._token = object()  # says that the model's cache is ours
         self._generation: object = None  # which one the cache's content belongs to
         self._warm_count = 0
+        self._warm_for: GenerationOptions | None = None  # what `warm_up` was for, if it was called
         self._own_cache()
         self._steps = Steps(model.transformer, self._reach, compiled=compile, batch=batch)
 
@@ -107,7 +108,10 @@ class Engine:
         """Compile and capture everything that a text of any length will need; does nothing without `compile`."""
         if not self.compiled:
             return
-        jobs = self._warm_jobs(options or GenerationOptions())
+        if self._own_cache():
+            self._forget()
+        self._warm_for = options or GenerationOptions()
+        jobs = self._warm_jobs(self._warm_for)
         for done, job in enumerate(jobs):
             if progress:
                 progress(done, len(jobs))
@@ -143,6 +147,10 @@ class Engine:
     def _count(self) -> int:
         """Return how many graphs have been compiled or captured."""
         return self._steps.count()
+
+    def _captures(self) -> int:
+        """Return how many CUDA graphs have been captured."""
+        return self._steps.captures
 
     def _owns_cache(self) -> bool:
         return self.model.transformer.cache_owner is self._token
@@ -230,7 +238,10 @@ class Engine:
         A row that is full or finished goes on giving tokens that mean nothing.
         """
         if self._own_cache():
+            captures = self._captures()
             self._forget()
+            if captures and self._warm_for:  # now, for what a text captures would count as a part of its steps
+                self.warm_up(self._warm_for)
         generation = self._generation = object()
         rows, first = self._begin(prompts, options, samples)
         for step in self._decode(rows, first, max(map(len, prompts)), options):

@@ -116,11 +116,14 @@ class SpeculativeEngine(Engine):
     def _count(self) -> int:
         return super()._count() + self._rounds.captures
 
+    def _captures(self) -> int:
+        return super()._captures() + self._rounds.captures
+
     def _warm_jobs(self, options: GenerationOptions) -> list[Callable[[], None]]:
         jobs = self._warm_prefills(self._steps)
         for drafter in self.drafters:
             jobs += self._warm_prefills(drafter.steps) if drafter.steps else []
-        arms = self.arms if self.pace else (*self.arms, PLAIN)
+        arms = self.arms if isinstance(self.pace, FixedPace) else (*self.arms, PLAIN)
         for bound in self._bounds():
             jobs += [partial(self._warm_arm, arm, bound, options) for arm in arms]
         if self.device.type == "cuda":

@@ -203,7 +203,12 @@ class Steps:
         """Return how many graphs have been compiled or captured; stands still once every case was seen."""
         if not self.compiled:
             return 0
-        return count_compilations() + (self._graphs.captures if self._graphs else 0)
+        return count_compilations() + self.captures
+
+    @property
+    def captures(self) -> int:
+        """How many CUDA graphs have been captured."""
+        return self._graphs.captures if self._graphs else 0
 
     def _decode_eagerly(self, rows: Rows, filled: int, options: SamplingOptions, *, logprobs: bool) -> Choice:
         case = ("decode", options, logprobs, rows.token.shape[0], rows.seen.shape)

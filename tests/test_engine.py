@@ -181,6 +181,22 @@ def test_engines_that_share_a_model_never_read_each_others_cache() -> None:
         assert list(second.generate([other, prompt], options)[1].tokens) == expected
 
 
+def test_what_was_captured_for_a_cache_that_is_gone_is_captured_before_the_next_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, options, warmed = random_model(), GenerationOptions(max_new_tokens=2), []
+    first, second = Engine(model), Engine(model)
+    monkeypatch.setattr(Engine, "compiled", property(lambda engine: True))
+    monkeypatch.setattr(Engine, "_captures", lambda engine: 1)
+    monkeypatch.setattr(Engine, "_warm_jobs", lambda engine, options: [lambda: warmed.append((engine, options))])
+    first.warm_up(options)
+    for engine in (first, first, second, second):
+        engine.generate([text_of(5)], options)
+    assert warmed == [(first, options)], "once, and nothing of an engine that was never warm"
+    first.generate([text_of(5)], options)
+    assert warmed == [(first, options)] * 2
+
+
 def test_a_text_whose_cache_was_taken_over_does_not_go_on() -> None:
     engine = Engine(random_model())
     stale = engine.stream([text_of(5)], GenerationOptions(max_new_tokens=50, ignore_eos=True))

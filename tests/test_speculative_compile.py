@@ -137,3 +137,15 @@ def test_fused_kernels_verify_what_they_decode_bit_for_bit() -> None:
             engine.warm_up(GREEDY)
             assert [engine.generate([prompt], GREEDY)[0].tokens for prompt in PROMPTS] == expected, (drafter, count)
             assert engine.recompiles == 0, (drafter, count)
+
+
+@pytest.mark.gpu
+def test_engines_that_take_turns_capture_nothing_within_a_text() -> None:
+    target, draft = kernel_models("fused")
+    plain = Engine(target, max_seq_len=400, compile=True)
+    speculative = SpeculativeEngine(target, Speculation(draft=draft, count="auto"), max_seq_len=400, compile=True)
+    for engine in (plain, speculative):
+        engine.warm_up(GREEDY)
+    found = [engine.generate([PROMPTS[0]], GREEDY)[0].tokens for engine in (plain, speculative, plain, speculative)]
+    assert found == found[:1] * 4
+    assert plain.recompiles == speculative.recompiles == 0
