@@ -172,10 +172,12 @@ class SpeculativeEngine(Engine):
         rehearsal = self.pace = Rehearsal(arm)
         rows = self._idle_rows(self._smallest, options)
         self._drafted = self._smallest
-        for _ in self._decode(rows, Choice(rows.token, None), self._smallest, options):
-            if len(rehearsal.seconds) >= (REHEARSED if self.device.type == "cuda" else 1):
-                break
-        self.pace = None
+        try:
+            for _ in self._decode(rows, Choice(rows.token, None), self._smallest, options):
+                if len(rehearsal.seconds) >= (REHEARSED if self.device.type == "cuda" else 1):
+                    break
+        finally:  # a chat goes on when this was interrupted, and then is to find out anew
+            self.pace = None
         synchronize(self.device)
         return rehearsal.seconds[-1]
 

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,8 +14,7 @@ from fastgen.engine import Engine
 from fastgen.errors import CapacityError, UsageError
 from fastgen.load import LoadedModel
 from fastgen.options import GenerationOptions, SamplingOptions
-from fastgen.pace import PLAIN, Arm, Rehearsal, Spent
-from fastgen.readback import Mark, Readback
+from fastgen.pace import PLAIN, Arm, Spent
 from fastgen.sampling import adjust
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
@@ -136,17 +135,6 @@ def test_a_prompt_that_parts_from_the_last_text_is_shown_to_the_draft_from_there
     assert engine.tally.acceptance == 1, "the draft, which is the same model, has forgotten the other text"
 
 
-def test_a_plain_step_is_priced_by_its_share_of_a_burst(target: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = SpeculativeEngine(target, Speculation(draft=random_model()), max_seq_len=CAPACITY)
-    engine._rounds.burst = 8
-    monkeypatch.setattr(engine, "_time_round", lambda arm, options: 8.0 if arm == PLAIN else 1.5)
-    monkeypatch.setattr(engine, "_time_showing", lambda width: width / 100)
-    with torch.inference_mode():
-        engine._calibrate(GREEDY)
-    assert engine.pace._seconds == {PLAIN: 1.0} | dict.fromkeys(engine.arms, 1.5)
-    assert engine.pace._showing == engine._showing == {16: 0.16, 128: 1.28}
-
-
 class Turns:
     """Plain rounds and drafted ones in turns, as `auto` mixes them."""
 
@@ -242,42 +230,6 @@ def test_a_plain_step_under_speculation_is_a_step_of_plain_decoding_and_nothing_
     added = {name: count for name, count in (bursts[1] - bursts[0]).items() if name not in views}
     expected = {name: 7 * count for name, count in step.calls.items() if name not in views}
     assert {name: count for name, count in added.items() if count > expected.get(name, 0)} == {}
-
-
-class OneBehind:
-    """Gives what a round did once the next is queued, as on a GPU."""
-
-    lags = True
-
-    def __init__(self, device: torch.device) -> None:
-        self.pending: list[tuple[object, object]] = []
-
-    def push(self, result: object, note: object) -> Iterator[tuple[object, object]]:
-        self.pending.append((result, note))
-        if len(self.pending) > 1:
-            yield self.pending.pop(0)
-
-    def waiting(self) -> list[object]:
-        return [note for _, note in self.pending]
-
-
-@pytest.mark.parametrize(("readback", "ticks"), [(OneBehind, 3), (Readback, 2)])
-def test_what_a_device_waited_for_a_round_is_counted_to_the_one_before(
-    target: LoadedModel, readback: type, ticks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A round has three marks, its start, drafts and end: it lasts until the next one starts, or else to its end."""
-    clock = itertools.count()
-    engine = SpeculativeEngine(target, Speculation(draft="self:1", count=3), max_seq_len=CAPACITY)
-    engine.pace = pace = Rehearsal(Arm(0, 3))
-    monkeypatch.setattr("fastgen.speculative.mark", lambda device: Mark(float(next(clock)), None))
-    monkeypatch.setattr("fastgen.speculative.Readback", readback)
-    expected = texts(Engine(target, max_seq_len=CAPACITY), [PROMPTS[0]], GREEDY)
-    assert texts(engine, [PROMPTS[0]], GREEDY) == expected
-    assert set(pace.seconds) == {ticks} and len(pace.seconds) > 2
-    before = next(clock)
-    next(engine.tokens([PROMPTS[0]], GREEDY, samples=[0]))
-    begun = (next(clock) - before - 1) // 3
-    assert begun == (1 if readback is OneBehind else 0), "a device has a round to do while the first token is read"
 
 
 class NoHost(TorchDispatchMode):

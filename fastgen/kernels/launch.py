@@ -122,8 +122,11 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
 
 
 def split_count(kv_heads: int) -> int:
-    """Return into how many shares a text's cache is cut, a power of two: about 128 programs for one text."""
-    return max(1, next_power_of_two(128 // kv_heads + 1) // 2)
+    """Return into how many shares a text's cache is cut, a power of two: about 128 programs for one text.
+
+    At least two: where shares are never added up, Triton does not declare the memory that `attend` addresses.
+    """
+    return max(2, next_power_of_two(128 // kv_heads + 1) // 2)
 
 
 @functools.cache

@@ -29,15 +29,7 @@ from triton.experimental.gluon import language as gl
 
 from fastgen.kernels.claims import claim, publish, published
 from fastgen.kernels.fragments import arrived, barrier, commit, halves, lanes, load_four, statement
-from fastgen.kernels.ring import (
-    copy_two_rows,
-    fma,
-    load_words,
-    mma,
-    release,
-    ring_memory,
-    write_four,
-)
+from fastgen.kernels.ring import copy_two_rows, fma, load_words, mma, release, ring_memory, write_four
 
 WARPS = 8
 """Warps of a program; they are the order of every sum along K."""
@@ -50,7 +42,6 @@ LINES = 4
 
 NOTHING = gl.constexpr(0x80008000)
 """A pair of -0.0: what is added to it does not change."""
-
 
 NO_ROW = gl.constexpr(1 << 30)
 """Stands for the first row of a block that there is not."""

@@ -148,11 +148,13 @@ def test_heads_that_are_no_multiple_of_16_go_to_the_reference() -> None:
     assert torch.equal(actual, other.torchs())
 
 
-def compiled(d: int, group: int, tokens: int, capability: int, normalized: bool = False) -> Any:
-    """The kernel as it would be launched for one text with 32 query heads."""
+def compiled(
+    d: int, group: int, tokens: int, capability: int, normalized: bool = False, heads: int = 32, splits: int = 8
+) -> Any:
+    """The kernel as it would be launched for one text."""
     rows = min(16, launch.next_power_of_two(tokens * group))
     constants = {
-        "K": 32 // group, "G": group, "D": d, "R": rows, "N": launch.next_power_of_two(tokens), "SPLITS": 8,
+        "K": heads // group, "G": group, "D": d, "R": rows, "N": launch.next_power_of_two(tokens), "SPLITS": splits,
         "SPAN": SPAN, "PDL": capability >= 90, "WARPS": WARPS,
     } | ({} if normalized else {"q_norm": None, "k_norm": None})  # fmt: skip
     registers = REGISTERS[triton.cdiv(rows, 8)] if capability >= 90 else 255
@@ -177,6 +179,14 @@ def test_the_next_kernel_has_room_beside_one_token() -> None:
     kernel = compiled(128, 1, 1, 90)
     assert kernel.metadata.shared <= 8 << 10
     assert support.usage(kernel)["REG"] * 32 * WARPS <= (64 << 10) * 2 // 3
+
+
+@compiled_ahead
+@pytest.mark.parametrize("heads", [1, 96])
+def test_it_compiles_for_any_number_of_key_heads(heads: int) -> None:
+    splits = launch.split_count(heads)
+    assert splits == launch.next_power_of_two(splits)
+    assert compiled(64, 1, 1, 90, heads=heads, splits=splits).metadata.shared > 0
 
 
 ON_MACHINE = [
