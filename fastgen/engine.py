@@ -223,6 +223,8 @@ class Engine:
             for row, (text, token) in enumerate(zip(rows, tokens, strict=True)):
                 if not text.finish_reason:
                     if token in (INVALID_TOKEN, RANKS_DIFFER):
+                        self._texts = []
+                        self.model.transformer.clear_cache()
                         raise self._no_token(token, len(ids[row]) + text.count)
                     piece = text.push(token, logprobs[row] if logprobs else None)
                     yield Piece(row, piece, token, bool(drafted and drafted[row]))

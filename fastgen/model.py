@@ -112,7 +112,8 @@ class Transformer(nn.Module):
         """Give every layer an empty KV cache for `batch` texts of up to `capacity` tokens, in the weights' dtype.
 
         Positions at and behind a text's end hold garbage: whatever is written there is overwritten by the token
-        that comes to stand there before anything attends to it. So rolling back is only going back to a position.
+        that comes to stand there before anything attends to it. So rolling back is only going back to a position. What
+        is masked counts 0 times, and so must be finite: see `clear_cache`.
 
         A model has one cache: `cache_owner` tells whose it is, so that an earlier owner sees that theirs is gone.
         """
@@ -123,6 +124,12 @@ class Transformer(nn.Module):
             for block in self.layers:
                 block.k_cache = torch.zeros(shape, dtype=like.dtype, device=like.device)
                 block.v_cache = torch.zeros_like(block.k_cache)
+
+    def clear_cache(self) -> None:
+        """Make all keys and values 0, after a text that made some of them not finite."""
+        for name, cache in self.named_buffers():
+            if name.endswith(("k_cache", "v_cache")):
+                cache.zero_()
 
     def first_layers(self, count: int, *, own_cache: bool = False) -> "Transformer":
         """Return the model that stops after `count` layers: its modules and weights are this one's, and so is its KV

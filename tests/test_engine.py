@@ -171,6 +171,18 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
         Engine(model).generate([[1, 2, 3, 4]])
 
 
+def test_a_text_that_is_not_finite_leaves_nothing_to_the_next() -> None:
+    model, options = random_model(), GenerationOptions(max_new_tokens=30, ignore_eos=True)
+    expected = Engine(model, max_seq_len=64).generate([text_of(5, 2)], options)
+    engine, weight = Engine(model, max_seq_len=64), model.transformer.embedding.weight
+    poison, kept = text_of(40, 3), weight.clone()
+    weight[poison[25:]] = float("inf")
+    with pytest.raises(ModelFileError, match="not finite"):
+        engine.generate([poison], options)
+    weight.copy_(kept)
+    assert engine.generate([text_of(5, 2)], options) == expected
+
+
 def test_engines_that_share_a_model_never_read_each_others_cache() -> None:
     model, options = random_model(), GenerationOptions(max_new_tokens=12, ignore_eos=True)
     first, second = Engine(model), Engine(model, batch=2)
