@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgen.config import ModelConfig
 from fastgen.device import choose_placement
+from fastgen.kernels import reference
 from fastgen.load import LoadedModel, make_scheme, random_model
 from fastgen.steps import whole_lanes
 from tests.models import TINY
@@ -45,3 +46,17 @@ def test_a_token_has_the_same_bits_decoded_and_verified_alone_and_in_a_batch(mod
     assert torch.equal(logits(model, tokens, [WIDTH], more=20), decoded)
     for row in range(3):
         assert torch.equal(logits(model, tokens[row : row + 1], [8, 8]), decoded[row : row + 1])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_only_in_32_bits_tokens_attend_one_by_one(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    attend = reference._attend_one_by_one
+    monkeypatch.setattr(
+        reference, "_attend_one_by_one", lambda *args, **named: seen.append(1) or attend(*args, **named)
+    )
+    model = random_model(ModelConfig(**(TINY | SHAPE)), choose_placement("cpu", dtype))
+    tokens = torch.randint(3, 258, (1, SHOWN + WIDTH), generator=torch.Generator().manual_seed(0))
+    logits(model, tokens, [WIDTH])
+    assert bool(seen) == (dtype == "fp32")

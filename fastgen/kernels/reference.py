@@ -133,7 +133,7 @@ def attend(
     L = step.key_positions.shape[0]
     q, keys, values = q.view(B, T, K, -1, d), k_cache[:, :, :L].to(q.dtype), v_cache[:, :, :L].to(q.dtype)
     visible = _visible(step, window)
-    if q.is_cpu and T > 1 and is_few(T):
+    if q.is_cpu and q.dtype is torch.float32 and T > 1 and is_few(T):
         texts = zip(q, keys, values, visible, strict=True)
         return torch.cat([_attend_one_by_one(*text, scale=scale) for text in texts]).view(B, T, -1)
     # The G query heads that share a key head become rows of one matrix: K and V are read once and never expanded.
@@ -147,7 +147,8 @@ def _attend_one_by_one(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor,
     """Return [T, K, G, d] of one text's q [T, K, G, d], keys and values [K, L, d] and what each token sees, [T, L].
 
     Every token is a text of its own to the CPU's matrix products, whose order of summing hangs on their shapes: so a
-    verified token gets the bits that it gets when it is decoded. For G of 4 and more, MKL (as torch 2.13 has it) also
+    verified token gets the bits that it gets when it is decoded. That takes up to three times as long, in 16 bits ten
+    times, where nobody counts on bits. For G of 4 and more, MKL (as torch 2.13 has it) also
     parts sums over more than 192 positions by their number; there the two agree but to rounding.
     """
     keys, values = (each.expand(len(q), -1, -1, -1) for each in (keys, values))
