@@ -127,8 +127,8 @@ class Transformer(nn.Module):
 
     def clear_cache(self) -> None:
         """Make all keys and values 0, after a text that made some of them not finite."""
-        for name, cache in self.named_buffers():
-            if name.endswith(("k_cache", "v_cache")):
+        for block in self.layers:
+            for cache in block.buffers(recurse=False):
                 cache.zero_()
 
     def first_layers(self, count: int, *, own_cache: bool = False) -> "Transformer":

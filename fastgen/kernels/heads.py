@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels.fragments import halves, swapped_float
-from fastgen.kernels.masked import load_over, load_shared_over, load_two, load_word_over, store_four, store_shared
+from fastgen.kernels.masked import load_over, load_pair, load_word_over, store_four, store_shared
 from fastgen.kernels.ring import mma
 
 
@@ -113,7 +113,7 @@ def load_queries(address, g, t, R: gl.constexpr, D: gl.constexpr):
     for n in gl.static_range((2 if R > 8 else 1) * CHUNKS):
         inside = t < (D // 2 - n % CHUNKS * 32) // 8
         for i in gl.static_range(2):
-            result += (load_shared_over((zero, zero, zero, zero), at, inside, 4 * head_place(n, D) + 16 * i),)
+            result += (load_over((zero, zero, zero, zero), at, inside, 4 * head_place(n, D) + 16 * i, "shared"),)
     return result
 
 
@@ -129,8 +129,8 @@ def load_new_keys(words, address, low, high, t, D: gl.constexpr):
         one = ()
         for n in gl.static_range(2 * CHUNKS):
             here = (low <= 8 * j) & (high > 8 * j) & (t < (D // 2 - n % CHUNKS * 32) // 8)
-            one += (load_shared_over(
-                words[j][n], address + 16 * t, here, 8 * j * key_pitch(D) + 2 * head_place(n, D)
+            one += (load_over(
+                words[j][n], address + 16 * t, here, 8 * j * key_pitch(D) + 2 * head_place(n, D), "shared"
             ),)  # fmt: skip
         result += (one,)
     return result
@@ -199,8 +199,8 @@ def load_heads(
             inside = dim < D // 2
             first = load_word_over(none, head + dim, inside & live, 0)
             second = load_word_over(none, head + dim, inside & live, D)
-            cosines = load_two(turns + token * D + dim, inside, 0)
-            sines = load_two(turns + token * D + dim, inside, 2 * D)
+            cosines = load_pair(turns + token * D + dim, inside, 0)
+            sines = load_pair(turns + token * D + dim, inside, 2 * D)
             gain, next_gain = none, none
             if norms[0] is not None:
                 gain = load_word_over(none, norms[0] + dim, inside & query, 0)

@@ -10,13 +10,14 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def load_over(words, pointer, here, OFFSET: gl.constexpr):
-    """Return four words of global memory from pointer + OFFSET bytes where `here` says so, `words` elsewhere."""
+def load_over(words, address, here, OFFSET: gl.constexpr, SPACE: gl.constexpr = "global"):
+    """Return four words of global or shared memory at address + OFFSET where `here` says so, `words` elsewhere."""
     return gl.inline_asm_elementwise(
         f"""{{ .reg .pred p; setp.ne.b32 p, $9, 0;
         mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;
-        @p ld.global.v4.b32 {{$0, $1, $2, $3}}, [$8 + {OFFSET}]; }}""",
-        "=&r,=&r,=&r,=&r,r,r,r,r,l,r", [words[0], words[1], words[2], words[3], pointer, here.to(gl.int32)],
+        @p ld.{SPACE}.v4.b32 {{$0, $1, $2, $3}}, [$8 + {OFFSET}]; }}""",
+        "=&r,=&r,=&r,=&r,r,r,r,r,l,r" if SPACE == "global" else "=&r,=&r,=&r,=&r,r,r,r,r,r,r",
+        [words[0], words[1], words[2], words[3], address, here.to(gl.int32)],
         dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -31,21 +32,15 @@ def load_word_over(word, pointer, here, OFFSET: gl.constexpr):
 
 
 @gluon.jit
-def load_two(pointer, here, OFFSET: gl.constexpr):
-    """Return two fp32 of global memory from pointer + OFFSET bytes where `here` says so, zeros elsewhere."""
+def load_pair(pointer, here, OFFSET: gl.constexpr, PAST_L1: gl.constexpr = False):
+    """Return two fp32 of global memory from pointer + OFFSET bytes where `here` says so, zeros elsewhere.
+
+    PAST_L1: another layer may have left old ones there.
+    """
+    LOAD: gl.constexpr = "ld.global.cg" if PAST_L1 else "ld.global"
     return gl.inline_asm_elementwise(
         f"""{{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0;
-        @p ld.global.v2.f32 {{$0, $1}}, [$2 + {OFFSET}]; }}""", "=&f,=&f,l,r", [pointer, here.to(gl.int32)],
-        dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def load_cold_two(pointer, here):
-    """Return two fp32 of global memory, past L1 (another layer may have left old ones there), or zeros."""
-    return gl.inline_asm_elementwise(
-        """{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0;
-        @p ld.global.cg.v2.f32 {$0, $1}, [$2]; }""", "=&f,=&f,l,r", [pointer, here.to(gl.int32)],
+        @p {LOAD}.v2.f32 {{$0, $1}}, [$2 + {OFFSET}]; }}""", "=&f,=&f,l,r", [pointer, here.to(gl.int32)],
         dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -77,18 +72,6 @@ def store_word(pointer, word, here):
     gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }", "=r,l,r,r",
         [pointer, word, here.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def load_shared_over(words, address, here, OFFSET: gl.constexpr):
-    """Return four words of shared memory from address + OFFSET where `here` says so, `words` elsewhere."""
-    return gl.inline_asm_elementwise(
-        f"""{{ .reg .pred p; setp.ne.b32 p, $9, 0;
-        mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;
-        @p ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$8 + {OFFSET}]; }}""",
-        "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [words[0], words[1], words[2], words[3], address, here.to(gl.int32)],
-        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
     )  # fmt: skip
 
 

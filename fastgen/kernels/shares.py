@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels.fragments import load_floats, store_floats
-from fastgen.kernels.masked import load_cold_two, store_four_floats
+from fastgen.kernels.masked import load_pair, store_four_floats
 
 AT_ONCE = gl.constexpr(8)
 """Shares that are loaded together."""
@@ -96,9 +96,9 @@ def add_shares(
         for n in gl.static_range(AT_ONCE):
             share = first + n
             present = here & (share < SPLITS) & ((share - lowest + SPLITS) % SPLITS < shares)
-            peak, mass = load_cold_two(partial + SPLITS * R * D + (share * R + row) * 2, present)
+            peak, mass = load_pair(partial + SPLITS * R * D + (share * R + row) * 2, present, 0, True)
             tops += (gl.where(present, peak, float("-inf")),)
             masses += (mass,)
-            values += (load_cold_two(partial + (share * R + row) * D + dim, present),)
+            values += (load_pair(partial + (share * R + row) * D + dim, present, 0, True),)
         top, total, low, high = weighted(tops, masses, values)
     return low / total, high / total
