@@ -113,7 +113,7 @@ def load_queries(address, g, t, R: gl.constexpr, D: gl.constexpr):
     for n in gl.static_range((2 if R > 8 else 1) * CHUNKS):
         inside = t < (D // 2 - n % CHUNKS * 32) // 8
         for i in gl.static_range(2):
-            result += (load_over((zero, zero, zero, zero), at, inside, 4 * head_place(n, D) + 16 * i, "shared"),)
+            result += (load_over((zero, zero, zero, zero), at, inside, 4 * head_place(n, D) + 16 * i, True),)
     return result
 
 
@@ -130,7 +130,7 @@ def load_new_keys(words, address, low, high, t, D: gl.constexpr):
         for n in gl.static_range(2 * CHUNKS):
             here = (low <= 8 * j) & (high > 8 * j) & (t < (D // 2 - n % CHUNKS * 32) // 8)
             one += (load_over(
-                words[j][n], address + 16 * t, here, 8 * j * key_pitch(D) + 2 * head_place(n, D), "shared"
+                words[j][n], address + 16 * t, here, 8 * j * key_pitch(D) + 2 * head_place(n, D), True
             ),)  # fmt: skip
         result += (one,)
     return result

@@ -10,14 +10,15 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def load_over(words, address, here, OFFSET: gl.constexpr, SPACE: gl.constexpr = "global"):
+def load_over(words, address, here, OFFSET: gl.constexpr, SHARED: gl.constexpr = False):
     """Return four words of global or shared memory at address + OFFSET where `here` says so, `words` elsewhere."""
+    SPACE: gl.constexpr = "shared" if SHARED else "global"
+    OPERANDS: gl.constexpr = "=&r,=&r,=&r,=&r,r,r,r,r,r,r" if SHARED else "=&r,=&r,=&r,=&r,r,r,r,r,l,r"
     return gl.inline_asm_elementwise(
         f"""{{ .reg .pred p; setp.ne.b32 p, $9, 0;
         mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;
         @p ld.{SPACE}.v4.b32 {{$0, $1, $2, $3}}, [$8 + {OFFSET}]; }}""",
-        "=&r,=&r,=&r,=&r,r,r,r,r,l,r" if SPACE == "global" else "=&r,=&r,=&r,=&r,r,r,r,r,r,r",
-        [words[0], words[1], words[2], words[3], address, here.to(gl.int32)],
+        OPERANDS, [words[0], words[1], words[2], words[3], address, here.to(gl.int32)],
         dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
     )  # fmt: skip
 
