@@ -19,7 +19,7 @@ from fastgen.kernels import launch
 from fastgen.kernels.fixed_point import WARPS, digit_bytes, prepare_kernel
 from fastgen.kernels.head import pick_token_kernel
 from fastgen.kernels.packed import TILE, UNIT, Form, form_of
-from fastgen.kernels.packed_product import fixed_bytes, slot_bytes, stream_product
+from fastgen.kernels.packed_product import SHIFT, fixed_bytes, slot_bytes, stream_product
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -156,7 +156,7 @@ def choose(form: Form, width: int, tokens: int, memory: int) -> tuple[int, Shape
 
 
 def _ring_slots(form: Form, width: int, sets: int, shape: Shape, memory: int) -> int:
-    left = min(shape.memory, memory) * 1024 - fixed_bytes(width, form.groups, sets, shape.tiles)
+    left = min(shape.memory, memory) * 1024 - fixed_bytes(width, form.groups, sets, shape.tiles) - SHIFT.value
     return int(left // (WARPS.value * slot_bytes(*form, sets, shape.tiles)))
 
 

@@ -54,6 +54,9 @@ from fastgen.kernels.packed_units import add_unit, alone, load_unit, record_byte
 BEFORE_WAIT = gl.constexpr(48 << 10)
 """Bytes that a program with one token's x asks for before it waits, about; the rest, behind x, shall not delay that."""
 
+SHIFT = gl.constexpr(16)
+"""By how much the rings of odd warps lie behind, where their units do so in memory, modulo the 32 bytes of a sector."""
+
 UNROLLED = gl.constexpr(2)
 """The most turns in a row; a program that has few tiles runs its code once, at the pace of the instruction cache."""
 
@@ -65,9 +68,15 @@ def sums_bytes(tiles, sets):
 
 
 @gluon.constexpr_function
+def stride_bytes(planes, groups, zeros):
+    """Return how far apart the records of a slot lie: as in memory, modulo the 32 bytes that are copied at a time."""
+    return (record_bytes(planes, groups, zeros) + 31) // 32 * 32
+
+
+@gluon.constexpr_function
 def slot_bytes(planes, groups, zeros, sets, tiles):
     """Return the size of a slot of a warp's ring."""
-    return tiles * record_bytes(planes, groups, zeros) + (digit_bytes(groups, sets) if sets else 0)
+    return tiles * stride_bytes(planes, groups, zeros) + (digit_bytes(groups, sets) if sets else 0)
 
 
 @gluon.constexpr_function
@@ -75,11 +84,14 @@ def fixed_bytes(width, groups, sets, tiles):
     """Return the shared memory beside the ring: the warps' sums twice, what its scale needs, one token's x."""
     units = (width + 128 * WARPS.value - 1) // (128 * WARPS.value) * WARPS.value
     alone = (units + 16 - 1) // 16 * 16 * digit_bytes(groups, 0)
-    return 2 * WARPS.value * sums_bytes(tiles, sets) + 64 + (0 if sets else alone)
+    return (2 * WARPS.value * sums_bytes(tiles, sets) + 64 + (0 if sets else alone) + 127) // 128 * 128
 
 
 @gluon.jit
-def copies(words, begin, end, UNITS: gl.constexpr, TURNS: gl.constexpr, RECORD: gl.constexpr, R: gl.constexpr):
+def copies(
+    words, begin, end, UNITS: gl.constexpr, TURNS: gl.constexpr, RECORD: gl.constexpr, STRIDE: gl.constexpr,
+    R: gl.constexpr,
+):  # fmt: skip
     """Return what a lane copies of a program's tiles, and where to in a slot, with R tiles shared out to 32 lanes.
 
     That is: where it begins; in how many turns; in how many it has a part of a record's end, 0 or as many.
@@ -89,7 +101,7 @@ def copies(words, begin, end, UNITS: gl.constexpr, TURNS: gl.constexpr, RECORD: 
     r, place = lane // LANES, lane % LANES * 16
     source = words.to(gl.int64) + (begin * UNITS).to(gl.int64) * RECORD + (r * (UNITS * RECORD) + warp * RECORD + place)
     turns = (end - begin - r + R - 1) // R * TURNS + warp * 0
-    return source, turns, gl.where(place < RECORD % (16 * LANES), turns, 0), r * RECORD + place
+    return source, turns, gl.where(place < RECORD % (16 * LANES), turns, 0), r * STRIDE + place
 
 
 @gluon.jit
@@ -226,6 +238,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
     COLUMNS: gl.constexpr = max(8 * SETS, 1)
     BF16: gl.constexpr = gl.bfloat16 == DTYPE
     RECORD: gl.constexpr = record_bytes(PLANES, GROUPS, ZEROS)
+    STRIDE: gl.constexpr = stride_bytes(PLANES, GROUPS, ZEROS)
     BLOCK: gl.constexpr = digit_bytes(GROUPS, SETS)
     SLOT: gl.constexpr = slot_bytes(PLANES, GROUPS, ZEROS, SETS, R)
     SUMS: gl.constexpr = sums_bytes(R, SETS)
@@ -233,9 +246,11 @@ def stream_product(  # noqa: PLR0912, PLR0915
     EARLY: gl.constexpr = slots_before_wait(STAGES, SLOT) if SETS == 0 else STAGES - 1
     PAIRS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane, warp = lane_of(WARPS)
-    memory, address = shared_memory((FIXED + WARPS * STAGES * SLOT + 1023) // 1024 * 1024, WARPS)
+    memory, address = shared_memory((FIXED + WARPS * STAGES * SLOT + SHIFT + 1023) // 1024 * 1024, WARPS)
     exchange_at, x_at = address + 2 * WARPS * SUMS, address + 2 * WARPS * SUMS + 64
     ring = address + FIXED + warp * (STAGES * SLOT) + lane * 0
+    if SETS == 0 and RECORD % 32 == 16 and UNITS % 2 == 0:
+        ring += warp % 2 * SHIFT  # copies between places that are unlike modulo a sector take longer
     begin = gl.program_id(0) * tiles // gl.num_programs(0)
     end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
 
@@ -243,7 +258,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
     if norm is not None:
         gains = load_row(norm, UNITS)  # first of all: behind the ring's copies they would wait for all of these
     # What a lane copies next is of the `turn` of a tile, at `source`, and goes to `next_slot`.
-    source, turns, turns_of_last, to = copies(words, begin, end, UNITS, TURNS, RECORD, R)
+    source, turns, turns_of_last, to = copies(words, begin, end, UNITS, TURNS, RECORD, STRIDE, R)
     lane_turns, to = (turns, turns_of_last), to + ring
     state = source, 0, 0, 0
     state = fill(state, to, lane_turns, record, EARLY, SETS == 0, UNITS, TURNS, RECORD, SLOT, R)
@@ -263,7 +278,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
         if norm is not None:
             factor *= rms_scale(exchange_at + 32, eps, WIDTH)
     else:
-        x_source, x_to = x.to(gl.int64) + warp * BLOCK + lane * 16, ring + R * RECORD + lane * 16
+        x_source, x_to = x.to(gl.int64) + warp * BLOCK + lane * 16, ring + R * STRIDE + lane * 16
         all_turns = (end - begin + R - 1) // R * TURNS + lane * 0 + warp * 0
         x_turns = all_turns, gl.where(lane * 16 < BLOCK % 512, all_turns, 0)
         turn = 0
@@ -302,7 +317,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
                 units, new = (), ()
                 for r in gl.static_range(R):
                     places = words_at + slot, scales_at + slot, zeros_at + slot
-                    units += (load_unit(places, r * RECORD, PLANES, GROUPS, ZEROS),)
+                    units += (load_unit(places, r * STRIDE, PLANES, GROUPS, ZEROS),)
                 size = bytes_of_lane(next_turn, UNITS)
                 copy(to + next_slot, source, copied, lane_turns, size, RECORD, 32 // R)
                 if SETS > 0:
@@ -310,7 +325,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
                     copy(x_to + next_slot, next_x, copied, x_turns, size, BLOCK, 32)
                 commit()
                 if SETS > 0:
-                    xs, sums = load_tokens(digits_at + slot, sums_at + slot, R * RECORD, GROUPS, SETS)
+                    xs, sums = load_tokens(digits_at + slot, sums_at + slot, R * STRIDE, GROUPS, SETS)
                 source = behind(source, next_turn, record, UNITS, TURNS, R)
                 copied, next_turn = copied + 1, turn_behind(next_turn, TURNS)
                 next_slot = slot
