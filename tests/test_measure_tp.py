@@ -93,6 +93,18 @@ def test_a_folder_that_is_not_there_ends_it_before_anything_is_measured(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [("llama-9", "llama-2-7b, llama-2-70b, "), ("stories15m:int3", "int8, int4, q8_0 behind"), ("stories15m:", "int8")],
+)
+def test_a_case_that_there_is_not_ends_it_before_anything_is_measured(case: str, names: str, tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "--output", str(tmp_path / "result.json"), "--shape", "stories15m"]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run([*command, "--shape", case], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"--shape {case}: expected one of {names}" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_ranks_of_a_cpu_are_measured_with_their_sums(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     cases = ["--shape", "stories15m:int8", "--shape", "stories15m"]
