@@ -1,4 +1,4 @@
-"""A GPU for tests: what Triton compiles a kernel to, run on the CPU, one program after the other.
+"""A GPU for tests: what Triton compiles a kernel to, run on the CPU, a few programs at a time.
 
 Triton's interpreter knows neither Gluon nor inline PTX. This machine runs the PTX itself that Triton's compiler makes
 for sm_90 or sm_80, with one numpy value a thread and register, on the tensors of a launch:
@@ -7,19 +7,19 @@ for sm_90 or sm_80, with one numpy value a thread and register, on the tensors o
     module.op(x, weight)        # launches some_kernel[grid](...) as on a GPU
 
 It models registers, predicates, shuffles, mma, memory, tickets and asynchronous copies, which land when they are
-waited for and not earlier. It raises `Fault` for accesses outside of tensors, addresses that are not aligned, shared
-memory that is read before its copy was waited for or without a barrier between writer and reader, and for tensors
-`ahead` (those that the kernel before this one writes under programmatic dependent launch) that are read before
-griddepcontrol.wait. What nobody wrote to shared memory is NaN. Branches must be taken by all threads of a program
-alike.
+waited for and not earlier. Programs that are there together take turns at global memory, in an order that differs from
+launch to launch. It raises `Fault` for accesses outside of tensors, addresses that are not aligned, shared memory that
+is read before its copy was waited for or without a barrier between writer and reader, and for tensors `ahead` (those
+that the kernel before this one writes under programmatic dependent launch) that are read before griddepcontrol.wait.
+What nobody wrote to shared memory is NaN. Branches must be taken by all threads of a program alike.
 
-It does not model warps drifting apart otherwise, programs that run at the same time, caches, the order in which
-global memory becomes visible, or time.
+It does not model warps drifting apart otherwise, caches, the order in which global memory becomes visible, or time.
 
 Source: PTX ISA 8.7 (cp.async, ldmatrix, stmatrix, bar.sync, griddepcontrol).
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,6 +38,12 @@ from tests.kernels.warps import multiplied, reduced, shuffled
 SHARED_BASE = 1024
 """The address of Triton's shared memory; nothing lies before it."""
 
+TOGETHER = 4
+"""Programs that are there at the same time; when one ends, the next of the grid begins."""
+
+TURNS = (1, 2, 4, 8, 16, 32, 64)
+"""How often a program accesses global memory in a turn: programs stay together, or far apart."""
+
 Pairs = tuple[tuple[str, Any], ...]
 """Arguments by name, hashable."""
 
@@ -50,9 +56,9 @@ POINTERS = {
 class OnMachine:
     """Stands in for a kernel of Triton or Gluon: `kernel[grid](...)` runs on this machine."""
 
-    def __init__(self, kernel: Any, ahead: tuple[str, ...] = ()) -> None:
-        """`ahead`: arguments that the kernel before this one writes."""
-        self.kernel, self.ahead = kernel, ahead
+    def __init__(self, kernel: Any, ahead: tuple[str, ...] = (), seed: int = 0) -> None:
+        """`ahead`: arguments that the kernel before this one writes; `seed`: of the turns, in all launches together."""
+        self.kernel, self.ahead, self._order = kernel, ahead, np.random.default_rng(seed)
 
     def __getitem__(self, grid: tuple[int, ...]) -> functools.partial[None]:
         return functools.partial(self._launch, grid)
@@ -64,15 +70,27 @@ class OnMachine:
         constants, kinds = _specialized(self.kernel, values)
         compiled = _compiled(self.kernel, 90 if launch_pdl else 80, kinds, constants, num_warps)
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        memory = GlobalMemory(tensors.values())
+        memory = GlobalMemory(tensors.values(), (tensors[name] for name in self.ahead if name in tensors))
         arguments = [_passed(values[name], memory) for name, _ in kinds]
         program = _parsed(compiled.asm["ptx"])
-        for place in np.ndindex(grid):
-            if launch_pdl:
-                memory.hide(tensors[name] for name in self.ahead if name in tensors)
+
+        def begin(place: tuple[int, ...]) -> Iterator[bool]:
             shared = SharedMemory(compiled.metadata.shared)
-            Threads(program, 32 * num_warps, memory, shared, arguments, place, grid).run()
+            return Threads(program, 32 * num_warps, memory, shared, arguments, place, grid, early=launch_pdl).steps()
+
+        take_turns(map(begin, np.ndindex(grid)), self._order)
         memory.give_back()
+
+
+def take_turns(programs: Iterator[Iterator[bool]], order: np.random.Generator) -> None:
+    """Run programs to their ends, the first few of those that have not ended, by turns of a few steps."""
+    running = list(itertools.islice(programs, TOGETHER))
+    while running:
+        turn = order.integers(len(running))
+        for _ in range(order.choice(TURNS)):
+            if not next(running[turn], False):
+                running[turn : turn + 1] = itertools.islice(programs, 1)
+                break
 
 
 def _specialized(kernel: Any, values: Mapping[str, Any]) -> tuple[Pairs, Pairs]:
@@ -112,10 +130,10 @@ class Threads:
 
     def __init__(
         self, program: ptx.Program, count: int, memory: GlobalMemory, shared: SharedMemory, arguments: list[int],
-        place: tuple[int, ...], grid: tuple[int, ...],
+        place: tuple[int, ...], grid: tuple[int, ...], early: bool,
     ) -> None:  # fmt: skip
-        """`arguments`: the bits of the first parameters; `place`: the program's, in the grid."""
-        self._program, self._count, self._memory, self._shared = program, count, memory, shared
+        """`arguments`: the bits of the first parameters; `place`: the program's, in the grid; `early`: it may wait."""
+        self._program, self._count, self._memory, self._shared, self._early = program, count, memory, shared, early
         self._parameters = dict.fromkeys(program.parameters, 0) | dict(zip(program.parameters, arguments, strict=False))
         self._all = np.arange(count, dtype=np.int32)
         self._everyone = np.ones(count, bool)
@@ -128,10 +146,12 @@ class Threads:
             for name, dtype in program.registers.items()
         }
 
-    def run(self) -> None:
-        """Run to the end; a `Fault` names the instruction."""
+    def steps(self) -> Iterator[bool]:
+        """Run to the end, and yield True before each access of global memory; a `Fault` names the instruction."""
         at, code = 0, self._program.code
         while code[at].names[0] != "ret":
+            if "global" in code[at].names:
+                yield True
             try:
                 target = self._step(code[at])
             except (Fault, KeyError, IndexError) as fault:
@@ -220,7 +240,7 @@ class Threads:
         registers, size = outer if isinstance(outer, tuple) else (outer,), TYPES[kind].itemsize
         places, threads = self._places(address, size * len(registers), mask, "shared" in names), self._all[mask]
         if load:
-            data = self._shared.read(places, threads) if "shared" in names else self._memory.read(places)
+            data = self._shared.read(places, threads) if "shared" in names else self._memory.read(places, self._early)
             values = np.zeros((self._count, len(registers)), TYPES[kind])
             values[mask] = np.ascontiguousarray(data).view(TYPES[kind])
             for n, name in enumerate(registers):
@@ -228,7 +248,10 @@ class Threads:
             return
         values = np.stack([self._read(name, kind) for name in registers], axis=1)
         data = np.ascontiguousarray(values[mask]).view(np.uint8)
-        self._shared.write(places, data, threads) if "shared" in names else self._memory.write(places, data)
+        if "shared" in names:
+            self._shared.write(places, data, threads)
+        else:
+            self._memory.write(places, data, self._early)
 
     def _atomic(self, instruction: Instruction, mask: NDArray[np.bool_]) -> None:
         """atom.add: one thread after the other."""
@@ -237,9 +260,9 @@ class Threads:
             raise ptx.unknown(instruction)
         places, added, old = self._places(address, 4, mask, shared=False), self._read(value, "u32")[mask], []
         for place, more in zip(places, added, strict=True):
-            found = self._memory.read(place[None]).view(np.uint32)
+            found = self._memory.read(place[None], self._early).view(np.uint32)
             old.append(found.item())
-            self._memory.write(place[None], (found + more).view(np.uint8).reshape(1, 4))
+            self._memory.write(place[None], (found + more).view(np.uint8).reshape(1, 4), self._early)
         result = self._read(to, "u32").copy()
         result[mask] = old
         self._write(to, result, mask, "u32")
@@ -265,7 +288,7 @@ class Threads:
         elif names[:3] == ("bar", "warp", "sync") and (self._read(instruction.operands[0], "s32") == -1).all():
             self._shared.warp_barrier()
         elif "wait" in names:
-            self._memory.wait()
+            self._early = False
         elif "global" in names:
             to, source, size = instruction.operands[:3]
             self._copy(to, source, int(str(size), 0), instruction.operands[3:], mask)
@@ -280,7 +303,7 @@ class Threads:
         if ((here != 0) & (here != size) & mask).any():
             raise Fault("a copy of a part")
         data, real = np.zeros((self._count, size), np.uint8), mask & (here > 0)
-        data[real] = self._memory.read(self._places(source, size, real, shared=False))
+        data[real] = self._memory.read(self._places(source, size, real, shared=False), self._early)
         self._shared.copy(self._places(to, size, mask, shared=True), data[mask], self._all[mask])
 
     def _shfl(self, instruction: Instruction) -> None:

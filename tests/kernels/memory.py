@@ -31,7 +31,8 @@ class Fault(AssertionError):
 class GlobalMemory:
     """Tensors, each at a multiple of 256 bytes and far from the others."""
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor], ahead: Iterable[Tensor] = ()) -> None:
+        """`ahead`: tensors that the kernel ahead writes, which programs that have not waited for it may not read."""
         self._placed: dict[int, tuple[int, Tensor]] = {}
         top = GAP
         for tensor in tensors:
@@ -42,35 +43,25 @@ class GlobalMemory:
         self.data, self._open = np.full(top, 0xFF, np.uint8), np.zeros(top, bool)
         for place, tensor in self._placed.values():
             self.data[place : place + _bytes(tensor).size] = _bytes(tensor)
-        self._writable = True
-        self._show(tensor for _, tensor in self._placed.values())
+            self._open[place : place + _bytes(tensor).size] = True
+        self._open_early = self._open.copy()
+        for tensor in ahead:
+            self._open_early[self.address(tensor) :][: _bytes(tensor).size] = False
 
     def address(self, tensor: Tensor) -> int:
         """Return where a tensor lies."""
         return self._placed[tensor.data_ptr()][0]
 
-    def hide(self, tensors: Iterable[Tensor]) -> None:
-        """Begin a program that has not yet waited for the kernel ahead: nothing is written, and these aren't read."""
-        self._writable = False
-        for tensor in tensors:
-            place = self.address(tensor)
-            self._open[place : place + _bytes(tensor).size] = False
-
-    def wait(self) -> None:
-        """griddepcontrol.wait: what the kernel ahead writes is there."""
-        self._writable = True
-        self._show(tensor for _, tensor in self._placed.values())
-
-    def read(self, places: Places) -> NDArray[np.uint8]:
-        """Return the bytes at addresses."""
-        self._check(places, "read")
+    def read(self, places: Places, early: bool) -> NDArray[np.uint8]:
+        """Return the bytes at addresses; `early`: the program has not yet waited for the kernel ahead."""
+        self._check(places, self._open_early if early else self._open, "read")
         return self.data[places]
 
-    def write(self, places: Places, data: NDArray[np.uint8]) -> None:
+    def write(self, places: Places, data: NDArray[np.uint8], early: bool) -> None:
         """Store bytes at addresses."""
-        if places.size and not self._writable:
+        if places.size and early:
             raise Fault("a store before griddepcontrol.wait: the kernel ahead may still read what was there")
-        self._check(places, "written")
+        self._check(places, self._open, "written")
         self.data[places] = data
 
     def give_back(self) -> None:
@@ -78,16 +69,11 @@ class GlobalMemory:
         for place, tensor in self._placed.values():
             _bytes(tensor)[:] = self.data[place : place + _bytes(tensor).size]
 
-    def _show(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            place = self.address(tensor)
-            self._open[place : place + _bytes(tensor).size] = True
-
-    def _check(self, places: Places, how: str) -> None:
-        inside = (places >= 0) & (places < self._open.size)
-        if inside.all() and self._open[places].all():
+    def _check(self, places: Places, are_open: NDArray[np.bool_], how: str) -> None:
+        inside = (places >= 0) & (places < are_open.size)
+        if inside.all() and are_open[places].all():
             return
-        wrong = places[~(inside & self._open[np.where(inside, places, 0)])][0]
+        wrong = places[~(inside & are_open[np.where(inside, places, 0)])][0]
         for place, tensor in self._placed.values():
             if place <= wrong < place + _bytes(tensor).size:
                 raise Fault(f"{list(tensor.shape)} is {how} before griddepcontrol.wait: the kernel ahead writes it")

@@ -232,6 +232,18 @@ def test_on_the_machine_many_shares_add_up(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @compiled_ahead
+@pytest.mark.usefixtures("on_machine")
+def test_on_the_machine_a_row_has_the_same_bits_whoever_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgen.kernels.attend.SPAN", 1)
+    monkeypatch.setattr(launch, "split_count", lambda kv_heads: 4)
+    shape = {"heads": 12, "kv_heads": 1, "d": 16, "dtype": torch.bfloat16, "device": "cpu"}
+    cases = [Case([500], 2, **shape) for _ in range(3)]  # each in an order of its own
+    first, *others = (attend(*case.arguments()) for case in cases)
+    assert all(torch.equal(first, other) for other in others)
+    assert all(torch.equal(case.k_cache.nan_to_num(), cases[0].k_cache.nan_to_num()) for case in cases)
+
+
+@compiled_ahead
 @pytest.mark.parametrize(("begin", "window", "dependent"), [(249, 0, True), (120, 125, False)])
 def test_on_the_machine_a_token_has_the_same_bits_among_others(
     begin: int, window: int, dependent: bool, on_machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch

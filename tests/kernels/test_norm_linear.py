@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastgen.kernels import fused, reference
+from fastgen.kernels import fused, launch, reference
 from fastgen.kernels.launch import Shape
 from fastgen.kernels.norm_linear import norm_linear, norm_linear_kernel
 from tests.kernels import support
@@ -96,6 +96,18 @@ def test_on_the_machine_large_and_small_activations_stay_finite_in_fp16(
         scaled = (x.double() * scale).half()
         exact = reference.norm_linear(scaled.double(), support.in_fp64(norm), support.in_fp64(linear))
         assert support.distance(fused_on_cpu(scaled, norm, linear), exact) < 1e-3, f"activations around {scale}"
+
+
+@compiled_ahead
+def test_on_the_machine_whoever_claims_rows_they_have_the_same_bits(on_machine: Callable[..., None]) -> None:
+    x, norm, linear = stage(400, 264, 1, torch.bfloat16, "cpu", True)
+    shape = Shape(2, 1, 1, 40)
+    assert launch.fitted(shape, linear.weight, 1, 400).claims is not None
+    on_machine(shape)
+    expected = fused_on_cpu(x, norm, linear)
+    for _ in range(5):  # each in an order of its own
+        assert torch.equal(fused_on_cpu(x, norm, linear), expected)
+        assert not launch.workspace(torch.device("cpu")).any(), "the last to claim leaves 0"
 
 
 @compiled_ahead
