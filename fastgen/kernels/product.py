@@ -28,8 +28,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels.claims import claim, publish, published
-from fastgen.kernels.fragments import arrived, barrier, commit, halves, lanes, load_four, statement
-from fastgen.kernels.ring import copy_two_rows, fma, load_words, mma, release, ring_memory, write_four
+from fastgen.kernels.fragments import arrive, barrier, commit, halves, lanes, load_four, statement
+from fastgen.kernels.ring import copy_rows, fma, load_words, mma, place, release, ring_memory, write_four
 
 WARPS = 8
 """Warps of a program; they are the order of every sum along K."""
@@ -83,15 +83,18 @@ def stream_product(  # noqa: PLR0912, PLR0915
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, L))[:, None]
     lane = gl.arange(0, 32, gl.SliceLayout(0, L))[None, :] + warp * 0
     g, offset = lane // 4, warp * 64 + lane % 4 * 8
-    ring = address + warp * (DEPTH * R * 2048) + lane * 16
+    ring = address + warp * (DEPTH * R * 2048)
+    near = ring + place(g, lane % 4)
+    # What a lane copies is not what it reads: 16 bytes of rows c, c + 4, .. of a tile.
+    c, of_copy, ring = lane // 8, warp * 64 + lane % 8 * 8, ring + place(lane // 8, lane % 8)
     zero = gl.zeros([WARPS, 32], gl.float32, L)
 
     firsts = ()
     for i in gl.static_range(AHEAD + 1):
         firsts += (gl.where(i < blocks, begin + i * SPAN, NO_ROW),)
     for i in gl.static_range(DEPTH):
-        k = i % UNITS * (64 * WARPS) + offset
-        copy_unit(weight, ring + i * (R * 2048), firsts[i // UNITS], k, g, end, n, K, R, PAIRED)
+        k = i % UNITS * (64 * WARPS) + of_copy
+        copy_unit(weight, ring + i * (R * 2048), firsts[i // UNITS], k, c, end, n, K, R, PAIRED)
     gains = ()
     if ALONE:
         if norm is not None:
@@ -142,10 +145,11 @@ def stream_product(  # noqa: PLR0912, PLR0915
                 early += (prefetch(row, token, (row < limit) & (token < tokens), n, extra),)
         totals = ((zero, zero, zero, zero),) * (R * COLUMNS)
         for unit in range(UNITS):
-            arrived(DEPTH - 1)
-            rows = ()
-            for i in gl.static_range(4 * R):
-                rows += (load_four(ring + slot, i * 512),)
+            arrive(DEPTH - 1)
+            rows, at, far = (), near + slot, (near + slot) ^ 64
+            for r in gl.static_range(R):
+                rows += (load_four(at, r * 2048), load_four(at, r * 2048 + 1024))
+                rows += (load_four(far, r * 2048), load_four(far, r * 2048 + 1024))
             if ALONE:
                 values = (load_four(x_at + unit * (128 * WARPS), 0), load_four(x_at + unit * (128 * WARPS), 64))
             else:
@@ -161,8 +165,9 @@ def stream_product(  # noqa: PLR0912, PLR0915
             later = next_unit < DEPTH % UNITS
             next_first = gl.where(later, firsts[AHEAD], firsts[DEPTH // UNITS])
             next_end = gl.where(next_first < own, end, n)
-            next_k = next_unit * (64 * WARPS) + offset
-            copy_unit(weight, ring + slot, next_first, next_k, g, next_end, n, K, R, PAIRED)
+            next_k = next_unit * (64 * WARPS) + of_copy
+            statement("bar.warp.sync 0xffffffff;")  # all lanes have read the slot
+            copy_unit(weight, ring + slot, next_first, next_k, c, next_end, n, K, R, PAIRED)
             slot = gl.where(slot == (DEPTH - 1) * R * 2048, 0, slot + R * 2048)
             next_unit = gl.where(next_unit == UNITS - 1, 0, next_unit + 1)
         if claims is not None:
@@ -206,22 +211,22 @@ def blocks_ahead(depth, units):
 
 @gluon.jit
 def copy_unit(
-    weight, to, first, k, g, end, n, K: gl.constexpr, R: gl.constexpr, PAIRED: gl.constexpr
+    weight, to, first, k, c, end, n, K: gl.constexpr, R: gl.constexpr, PAIRED: gl.constexpr
 ):  # fmt: skip
-    """Start a warp's copies of columns k .. k + 8 and k + 32 .. k + 40 of R tiles of rows; nothing from `end` on."""
+    """Start a warp's copies of columns k .. k + 8 of R tiles' rows c, c + 4, ..; nothing from `end` on."""
     STEP: gl.constexpr = 8 if PAIRED else 16
+    inside = gl.where(k < K, 16, 0)
     for r in gl.static_range(R):
-        row = first + r * STEP + g
-        a = weight + row.to(gl.int64) * K + k
-        size = gl.where(row < end, 16, 0)
+        row = first + r * STEP + c
+        source = weight + row.to(gl.int64) * K + k
+        sizes = gl.where(row < end, inside, 0), gl.where(row + 4 < end, inside, 0)
+        copy_rows(to, source, sizes, 8 * K, r * 2048)
         if PAIRED:
-            b = a + n.to(gl.int64) * K
-            other = size
+            source += n.to(gl.int64) * K
         else:
-            b = a + 8 * K
-            other = gl.where(row + 8 < end, 16, 0)
-        near, far = (k < K).to(gl.int32), (k + 32 < K).to(gl.int32)
-        copy_two_rows(to + r * 2048, a, b, (size * near, size * far, other * near, other * far))
+            source += 8 * K
+            sizes = gl.where(row + 8 < end, inside, 0), gl.where(row + 12 < end, inside, 0)
+        copy_rows(to, source, sizes, 8 * K, r * 2048 + 1024)
     commit()
 
 

@@ -20,13 +20,6 @@ MMA = (
 )
 MMA_BF16, MMA_FP16 = gl.constexpr(MMA.format("bf16")), gl.constexpr(MMA.format("f16"))
 
-COPY_TWO_ROWS = gl.constexpr("""
-    cp.async.cg.shared.global.L2::128B [$1], [$2], 16, $4;
-    cp.async.cg.shared.global.L2::128B [$1+512], [$3], 16, $6;
-    cp.async.cg.shared.global.L2::128B [$1+1024], [$2+64], 16, $5;
-    cp.async.cg.shared.global.L2::128B [$1+1536], [$3+64], 16, $7;
-    mov.b32 $0, 0;""")
-
 
 @gluon.jit
 def ring_memory(LINES: gl.constexpr):
@@ -46,14 +39,24 @@ def release(memory, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def copy_two_rows(to, first, second, sizes):
-    """Start copying a lane's 2 x 16 bytes of two rows, 64 bytes apart, into four lines at `to`.
+def place(row, piece):
+    """Return where piece 0 to 7 of a row's 128 bytes lies: a line of memory in a line of the ring.
 
-    sizes: 16 or 0 (zeros, nothing read) for the first row's two parts, then the second's.
+    Odd rows have their halves swapped, so that neighbours' equal pieces lie in different banks.
+    """
+    return row * 128 + (piece ^ row % 2 * 4) * 16
+
+
+@gluon.jit
+def copy_rows(to, source, sizes, STEP: gl.constexpr, AT: gl.constexpr):
+    """Start copying a lane's 16 bytes of two rows that lie STEP bytes apart, to AT and 512 bytes behind.
+
+    sizes: 16 or 0 (zeros, nothing read) for either row.
     """
     gl.inline_asm_elementwise(
-        COPY_TWO_ROWS, "=r,r,l,l,r,r,r,r", [to, first, second, sizes[0], sizes[1], sizes[2], sizes[3]],
-        dtype=gl.int32, is_pure=False, pack=1,
+        f"""cp.async.cg.shared.global.L2::128B [$1+{AT}], [$2], 16, $3;
+        cp.async.cg.shared.global.L2::128B [$1+{AT + 512}], [$2+{STEP}], 16, $4; mov.b32 $0, 0;""",
+        "=r,r,l,r,r", [to, source, sizes[0], sizes[1]], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 
 from fastgen.kernels.fragments import arrived, barrier, commit, lanes, load_four, statement
 from fastgen.kernels.ring import (
-    copy_two_rows,
+    copy_rows,
     load_words,
     release,
     ring_memory,
@@ -51,7 +51,7 @@ def ring_kernel(x, out, COPY: gl.constexpr, WAIT: gl.constexpr, MEET: gl.constex
     if COPY:
         source = x + (warp * 32 + lane) * 8
         size = lane * 0 + 16
-        copy_two_rows(address + warp * 2048 + lane * 16, source, source, (size, size, size, size))
+        copy_rows(address + warp * 2048 + lane * 16, source, (size, size), 0, 0)
     commit()
     if WAIT:
         arrived(0)
