@@ -1,6 +1,6 @@
 """Attention over the filled part of the cache: rotation, append, scores and values in one launch.
 
-A program serves one text, one key head, up to 16 of its (token, query head) rows, and one of SPLITS shares of the
+A program serves one text, one key head, up to 8 of its (token, query head) rows, and one of SPLITS shares of the
 cache. A warp has 16 positions, and a program's eight warps a tile of 128; SPAN tiles in a row belong to one share, the
 next SPAN to the next. Where the text ends is read on the device, so the grid never changes (CUDA graphs) and the cost
 follows the filled part: programs without a tile leave at once.
@@ -47,11 +47,11 @@ from fastgen.kernels.heads import (
     store_values,
     turn_heads,
 )
-from fastgen.kernels.masked import store_two, store_word
+from fastgen.kernels.masked import store_words
 from fastgen.kernels.ring import ring_memory
-from fastgen.kernels.shares import add_shares, add_warps, exchange_lines, leave_rows, level_of
+from fastgen.kernels.shares import add_shares, add_warps, dims_of, exchange_lines, leave_rows, leave_share, level_of
 
-ROWS = 16
+ROWS = 8
 """Rows of a program, the smallest tile of the tensor cores."""
 
 WARPS = 8
@@ -63,8 +63,8 @@ SPAN = 2
 REHEARSALS = 1
 """How often a program goes through its code while it waits for the kernel ahead."""
 
-REGISTERS = {1: 160, 2: 232}
-"""A thread, for 8 and 16 rows; what is left lets the next kernel copy its first weights meanwhile."""
+REGISTERS = 160
+"""A thread; what is left lets the kernels ahead and behind have programs beside these."""
 
 
 @torch.library.custom_op("fastgen::attend", mutates_args=("k_cache", "v_cache"))
@@ -103,7 +103,7 @@ def attend(
         out, partial, launch.workspace(qkv.device), eps, scale * 1.4426950408889634, window,
         REHEARSALS if dependent else 0, T, S, K=K, G=H // K, D=d, R=rows, N=launch.next_power_of_two(T), SPLITS=splits,
         SPAN=SPAN, PDL=bool(dependent), WARPS=WARPS, num_warps=WARPS,
-        maxnreg=REGISTERS[triton.cdiv(rows, 8)] if dependent else 255, **dependent,
+        maxnreg=REGISTERS if dependent else 255, **dependent,
     )  # fmt: skip
     return out
 
@@ -127,14 +127,14 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
 
     R is the number of rows of a program, or the power of two above it; N is that of T.
     """
-    SETS: gl.constexpr = 2 if R > 8 else 1
     CHUNKS: gl.constexpr = (D + 63) // 64
+    DIMS: gl.constexpr = dims_of(WARPS, R, D)
     STRIDE: gl.constexpr = (G * K + 2 * K) * D
     TILE: gl.constexpr = 16 * WARPS
     BF16: gl.constexpr = qkv.dtype.element_ty == gl.bfloat16
     L: gl.constexpr = lanes(WARPS)
     cell, share = gl.program_id(0), gl.program_id(1)
-    groups = gl.cdiv(T * G, 16)
+    groups = gl.cdiv(T * G, 8)
     group, head, text = cell % groups, (cell // groups) % K, cell // (groups * K)
     begin = gl.load(positions + text * T).to(gl.int32)  # position of the first new token
     lowest = gl.where(window > 0, gl.maximum(begin - window + 1, 0), 0) // TILE
@@ -159,9 +159,7 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
     cached_key, cached_value = k_cache + cache + key_at * D + 8 * t, v_cache + cache + value_at * D + 8 * g
     new_value = source + (G * K + K + head) * D + 8 * g
     turned_at = address + exchange_lines(WARPS, R, D) * 512
-    tokens = ()
-    for s in gl.static_range(SETS):
-        tokens += (gl.minimum(group * 16 + g + 8 * s, T * G - 1) // G,)
+    position = begin + gl.minimum(group * 8 + g, T * G - 1) // G  # of row g
     keys = load_keys(
         ((nothing,) * (2 * CHUNKS),) * 2, cached_key + first * (TILE * D), begin - first * TILE - key_at, t, D
     )  # fmt: skip
@@ -176,7 +174,7 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
             if live:
                 statement("griddepcontrol.wait;")
         heads = load_heads(
-            warp, lane, (R, group * 16, T * G - 1), T, source + head * (G * D), (G * K - G * head + head) * D,
+            warp, lane, (R, group * 8, T * G - 1), T, source + head * (G * D), (G * K - G * head + head) * D,
             rope + text * T * D, (q_norm, k_norm), live, G, N, STRIDE, D, WARPS,
         )  # fmt: skip
         statement("bar.warp.sync 0xffffffff;")  # the assembler would load these first, but those are needed first
@@ -185,8 +183,8 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
         barrier()
         queries = load_queries(turned_at, g, t, R, D)
 
-        tops, sums = (zero + float("-inf"),) * SETS, (zero,) * SETS
-        y = (((zero, zero, zero, zero),) * (4 * CHUNKS),) * SETS
+        top, total = zero + float("-inf"), zero
+        y = ((zero, zero, zero, zero),) * (4 * CHUNKS)
         tile = first
         while tile <= end:
             start = begin - tile * TILE
@@ -198,15 +196,13 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
                 store_keys(
                     keys, cached_key + tile * (TILE * D), low, gl.where(group == 0, high, low), t, D
                 )  # fmt: skip
-            scores = products(queries, keys, SETS, BF16)
+            scores = products(queries, keys, BF16)
             following = next_tile(tile, SPAN, SPLITS)
             if following <= end:
                 low = begin - following * TILE - key_at
                 keys = load_keys(keys, cached_key + following * (TILE * D), low, t, D)
-            limits = ()
-            for s in gl.static_range(SETS):
-                limits += (begin + tokens[s] - tile * TILE - value_at,)
-            tops, sums, y, weights = take_scores(tops, sums, y, scores, limits, window, scale, t, BF16)
+            limit = position - tile * TILE - value_at
+            top, total, y, weights = take_scores(top, total, y, scores, limit, window, scale, t, BF16)
             y = add_values(y, weights, values, BF16)
             if appends:
                 low = start - value_at
@@ -218,73 +214,60 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
                 values = load_values(values, new_value - low * STRIDE, low, low + fresh, g, STRIDE, D)
             tile = following
 
-        totals = ()
-        for s in gl.static_range(SETS):
-            total = sums[s] + swapped_float(sums[s], 1)
-            totals += (total + swapped_float(total, 2),)
-        leave_rows(address, warp, lane, tops, totals, y, R, D, WARPS)
+        total += swapped_float(total, 1)
+        total += swapped_float(total, 2)
+        leave_rows(address, warp, lane, top, total, y, R, D, WARPS)
         barrier()
-        for n in gl.static_range((R * (D // 2) + 32 * WARPS - 1) // (32 * WARPS)):
+        for n in gl.static_range((R * (D // DIMS) + 32 * WARPS - 1) // (32 * WARPS)):
             unit = n * (32 * WARPS) + warp * 32 + lane
-            row, dim = unit // (D // 2), unit % (D // 2) * 2
-            here = live & (group * 16 + row < T * G) & (row < R)
-            top, total, first_y, second_y = add_warps(address, gl.where(row < R, row, 0), dim, R, D, WARPS)
+            row, dim = unit // (D // DIMS), unit % (D // DIMS) * DIMS
+            here = live & (group * 8 + row < T * G) & (row < R)
+            found = add_warps(address, gl.where(row < R, row, 0), dim, DIMS, R, D, WARPS)
             if shares == 1:
-                store_word(
-                    row_of(out, text, head, group * 16 + row, T, K, G, D) + dim,
-                    pair(first_y / total, second_y / total, BF16), here,
-                )  # fmt: skip
+                store_output(out, text, head, group * 8 + row, dim, found[1], found[2], here, T, K, G, D, BF16)
             else:
                 base = partial + cell.to(gl.int64) * (SPLITS * R * (D + 2))
-                store_two(base + (share * R + row) * D + dim, first_y, second_y, here)
-                store_two(base + SPLITS * R * D + (share * R + row) * 2, top, total, here & (dim == 0))
+                leave_share(base, share, row, dim, found, here, R, D, SPLITS)
 
     if shares > 1:
         barrier()
         if gl.atomic_add(tickets + cell, 1, sem="acq_rel") == shares - 1:
             gl.store(tickets + cell, 0)
-            for n in gl.static_range((R * (D // 2) + 32 * WARPS - 1) // (32 * WARPS)):
+            for n in gl.static_range((R * (D // DIMS) + 32 * WARPS - 1) // (32 * WARPS)):
                 unit = n * (32 * WARPS) + warp * 32 + lane
-                row, dim = unit // (D // 2), unit % (D // 2) * 2
-                here = (group * 16 + row < T * G) & (row < R)
+                row, dim = unit // (D // DIMS), unit % (D // DIMS) * DIMS
+                here = (group * 8 + row < T * G) & (row < R)
                 base = partial + cell.to(gl.int64) * (SPLITS * R * (D + 2))
-                first_y, second_y = add_shares(base, row, dim, here, origin % SPLITS, shares, R, D, SPLITS)
-                store_word(
-                    row_of(out, text, head, group * 16 + row, T, K, G, D) + dim, pair(first_y, second_y, BF16), here
-                )  # fmt: skip
+                mass, sums = add_shares(base, row, dim, here, origin % SPLITS, shares, DIMS, R, D, SPLITS)
+                store_output(out, text, head, group * 8 + row, dim, mass, sums, here, T, K, G, D, BF16)
     memory._keep_alive()
 
 
 @gluon.jit
-def take_scores(tops, sums, y, scores, limits, window, scale, t, BF16: gl.constexpr):
+def take_scores(top, total, y, scores, limit, window, scale, t, BF16: gl.constexpr):
     """Return what a lane has of its rows, relative to a maximum that counts a tile's scores too, and their weights.
 
-    tops, sums: of row g (and g + 8), the sum of the lane's own positions; y: see `heads.add_values`; scores: see
-    `heads.products`; limits: the last position that a row sees, relative to 2t; weights: words for either eight.
+    top, total: of row g, the sum of the lane's own positions; y: see `heads.add_values`; scores: see `heads.products`;
+    limit: the last position that row g sees, relative to 2t; weights: words for either eight positions.
     """
-    higher, more, kept, weights = (), (), (), ()
-    for s in gl.static_range(len(tops)):
-        floor = gl.where(window > 0, limits[s] - window, -1)
-        seen = ()
-        for n in gl.static_range(4):
-            visible = (limits[s] >= place(n)) & (floor < place(n))
-            seen += (gl.where(visible, scores[n // 2][2 * s + n % 2] * scale, float("-inf")),)
-        top = gl.maximum(gl.maximum(seen[0], seen[1]), gl.maximum(seen[2], seen[3]))
-        top = gl.maximum(top, swapped_float(top, 1))
-        top = gl.maximum(tops[s], gl.maximum(top, swapped_float(top, 2)))
-        level = level_of(top)
-        w = (gl.exp2(seen[0] - level), gl.exp2(seen[1] - level), gl.exp2(seen[2] - level), gl.exp2(seen[3] - level))
-        less = gl.exp2(tops[s] - level)
-        higher += (top,)
-        more += (gl.fma(sums[s], less, (w[0] + w[1]) + (w[2] + w[3])),)
-        a, b = of_row(less, 8 * t), of_row(less, 8 * t + 4)  # y has rows 2t, 2t + 1
-        fours = ()
-        for n in gl.static_range(len(y[s])):
-            four = y[s][n]
-            fours += ((four[0] * a, four[1] * b, four[2] * a, four[3] * b),)
-        kept += (fours,)
-        weights += ((pair(w[0], w[1], BF16), pair(w[2], w[3], BF16)),)
-    return higher, more, kept, weights
+    floor = gl.where(window > 0, limit - window, -1)
+    seen = ()
+    for n in gl.static_range(4):
+        visible = (limit >= place(n)) & (floor < place(n))
+        seen += (gl.where(visible, scores[n] * scale, float("-inf")),)
+    higher = gl.maximum(gl.maximum(seen[0], seen[1]), gl.maximum(seen[2], seen[3]))
+    higher = gl.maximum(higher, swapped_float(higher, 1))
+    higher = gl.maximum(top, gl.maximum(higher, swapped_float(higher, 2)))
+    level = level_of(higher)
+    w = (gl.exp2(seen[0] - level), gl.exp2(seen[1] - level), gl.exp2(seen[2] - level), gl.exp2(seen[3] - level))
+    kept = gl.exp2(top - level)
+    total = gl.fma(total, kept, (w[0] + w[1]) + (w[2] + w[3]))
+    a, b = of_row(kept, 8 * t), of_row(kept, 8 * t + 4)  # y has rows 2t, 2t + 1
+    fours = ()
+    for n in gl.static_range(len(y)):
+        four = y[n]
+        fours += ((four[0] * a, four[1] * b, four[2] * a, four[3] * b),)
+    return higher, total, fours, (pair(w[0], w[1], BF16), pair(w[2], w[3], BF16))
 
 
 @gluon.jit
@@ -294,6 +277,12 @@ def next_tile(tile, SPAN: gl.constexpr, SPLITS: gl.constexpr):
 
 
 @gluon.jit
-def row_of(out, text, head, row, T, K: gl.constexpr, G: gl.constexpr, D: gl.constexpr):
-    """Return where a row of a text's key head lies in the output."""
-    return out + ((text * T + row // G).to(gl.int64) * (G * K) + head * G + row % G) * D
+def store_output(
+    out, text, head, row, dim, mass, y, here, T, K: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BF16: gl.constexpr
+):  # fmt: skip
+    """Store neighbouring dims of a row of a text's key head, divided by the sum of weights."""
+    words = ()
+    for n in gl.static_range(len(y) // 2):
+        words += (pair(y[2 * n] / mass, y[2 * n + 1] / mass, BF16),)
+    at = out + ((text * T + row // G).to(gl.int64) * (G * K) + head * G + row % G) * D + dim
+    store_words(at, words, here, 0)

@@ -1,10 +1,10 @@
 """A lane's part of heads in attention: queries, keys and values as operands of mma.m16n8k16.
 
-A warp has 16 positions and 8 or 16 rows (token, query head). Lane 4g + t holds, in words of two 16-bit floats,
+A warp has 16 positions and up to 8 rows (token, query head). Lane 4g + t holds, in words of two 16-bit floats,
 
-- of the keys of positions g and g + 8, and of the queries of rows g (and g + 8), eight neighbouring dims at 8t + 32c of
-  either half of the head. Sums over dims do not care about their order as long as queries and keys agree, so the 16
-  bytes that a lane loads serve two products.
+- of the keys of positions g and g + 8, and of the query of row g, eight neighbouring dims at 8t + 32c of either half of
+  the head. Sums over dims do not care about their order as long as queries and keys agree, so the 16 bytes that a lane
+  loads serve two products.
 - of the values of positions 2t, 2t + 1, 2t + 8, 2t + 9 eight neighbouring dims at 8g + 64c: those positions whose
   weights the lane has, since queries x keys is an operand of the next product as it stands. That is values x weights,
   [dims, positions] x [positions, rows], so that no product has more rows of either than there are.
@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels.fragments import halves, swapped_float
-from fastgen.kernels.masked import load_over, load_pair, load_word_over, store_four, store_shared
+from fastgen.kernels.masked import load_over, load_pair, load_word_over, store_shared, store_words
 from fastgen.kernels.ring import mma
 
 
@@ -42,15 +42,15 @@ def key_pitch(d):
 
 
 @gluon.constexpr_function
-def query_pitch(rows, d):
-    """Return the bytes from query to query in shared memory, of a pair of queries if there are more than eight."""
-    return (4 * d if rows > 8 else 2 * d) + 16
+def query_pitch(d):
+    """Return the bytes from query to query in shared memory."""
+    return 2 * d + 16
 
 
 @gluon.constexpr_function
 def query_bytes(rows, d):
     """Return the bytes of all queries in shared memory."""
-    return min(rows, 8) * query_pitch(rows, d)
+    return rows * query_pitch(d)
 
 
 @gluon.constexpr_function
@@ -105,15 +105,14 @@ def load_keys(words, pointer, high, t, D: gl.constexpr):
 
 @gluon.jit
 def load_queries(address, g, t, R: gl.constexpr, D: gl.constexpr):
-    """Return the operands that `turn_heads` left of R queries: by halves of the head if there are two sets of rows."""
+    """Return the operands that `turn_heads` left of R queries, two for each chunk."""
     CHUNKS: gl.constexpr = (D + 63) // 64
     zero = (g * 0).to(gl.uint32)
-    at = address + gl.minimum(g, R - 1) * query_pitch(R, D) + 32 * t
+    at = address + gl.minimum(g, R - 1) * query_pitch(D) + 32 * t
     result = ()
-    for n in gl.static_range((2 if R > 8 else 1) * CHUNKS):
-        inside = t < (D // 2 - n % CHUNKS * 32) // 8
-        for i in gl.static_range(2):
-            result += (load_over((zero, zero, zero, zero), at, inside, 4 * head_place(n, D) + 16 * i, True),)
+    for n in gl.static_range(2 * CHUNKS):
+        inside = t < (D // 2 - n // 2 * 32) // 8
+        result += (load_over((zero, zero, zero, zero), at, inside, n // 2 * 128 + n % 2 * 16, True),)
     return result
 
 
@@ -159,7 +158,7 @@ def store_keys(keys, pointer, low, high, t, D: gl.constexpr):
     for j in gl.static_range(2):
         for n in gl.static_range(2 * CHUNKS):
             here = (low <= 8 * j) & (high > 8 * j) & (t < (D // 2 - n % CHUNKS * 32) // 8)
-            store_four(pointer, keys[j][n], here, 2 * (8 * j * D + head_place(n, D)))
+            store_words(pointer, keys[j][n], here, 2 * (8 * j * D + head_place(n, D)))
 
 
 @gluon.jit
@@ -170,7 +169,7 @@ def store_values(values, pointer, low, high, g, D: gl.constexpr):
         here = (low <= place(s)) & (high > place(s))
         for c in gl.static_range(CHUNKS):
             inside = here & (g < (D - 64 * c) // 8)
-            store_four(pointer, values[s * CHUNKS + c], inside, 2 * (place(s) * D + 64 * c))
+            store_words(pointer, values[s * CHUNKS + c], inside, 2 * (place(s) * D + 64 * c))
 
 
 @gluon.jit
@@ -219,7 +218,7 @@ def turn_heads(
     """Leave R queries and N new keys, normalized and rotated, in shared memory, a barrier behind it.
 
     They are rounded where the reference rounds. Keys lie there as in memory. Queries lie as operands: word by word
-    the two halves of a head, or of rows g and g + 8 if there are more than eight.
+    the two halves of a head.
     """
     PIECES: gl.constexpr = (D + 127) // 128
     for m in gl.static_range(len(heads) // PIECES):
@@ -240,15 +239,9 @@ def turn_heads(
             word = lane + 32 * i
             here = (word < D // 4) & (n < R + N)
             at = address + query_bytes(R, D) + (n - R) * key_pitch(D) + 4 * word
-            next_at = at + D
-            if R > 8:
-                query = address + n % 8 * query_pitch(R, D) + n // 8 * 4 + 8 * word
-                at, next_at = gl.where(n < R, query, at), gl.where(n < R, query + 2 * D, next_at)
-            else:
-                query = address + n * query_pitch(R, D) + 8 * word
-                at, next_at = gl.where(n < R, query, at), gl.where(n < R, query + 4, next_at)
-            store_shared(at, a, here, 0)
-            store_shared(next_at, b, here, 0)
+            query = address + n * query_pitch(D) + 8 * word
+            store_shared(gl.where(n < R, query, at), a, here, 0)
+            store_shared(gl.where(n < R, query + 4, at + D), b, here, 0)
 
 
 @gluon.jit
@@ -271,25 +264,22 @@ def turned(a, b, cos, sin, BF16: gl.constexpr):
 
 
 @gluon.jit
-def products(queries, keys, SETS: gl.constexpr, BF16: gl.constexpr):
-    """Return rows x positions: for positions 2t, 2t + 1 of either eight, of row g, then of row g + 8.
+def products(queries, keys, BF16: gl.constexpr):
+    """Return row g x positions 2t, 2t + 1, 2t + 8, 2t + 9.
 
-    queries: see `load_queries`. The halves of a head have a sum each. Of one set of rows, both halves are the rows of
-    one operand: of its product with either half of the keys, the other eight rows are of no use.
+    queries: see `load_queries`. The halves of a head have a sum each, and are rows of one operand: of its product with
+    either half of the keys, the other eight rows are of no use.
     """
     zero = gl.zeros_like(keys[0][0][0]).to(gl.float32)
-    CHUNKS: gl.constexpr = len(keys[0]) // 2
+    HALF: gl.constexpr = len(queries) // 2
     result = ()
     for j in gl.static_range(2):
         near, far = (zero, zero, zero, zero), (zero, zero, zero, zero)
-        for n in gl.static_range(2 * CHUNKS):
-            k, m = keys[j][n // 2], keys[j][CHUNKS + n // 2]
+        for n in gl.static_range(2 * HALF):
+            k, m = keys[j][n // 2], keys[j][HALF + n // 2]
             near = mma(queries[n], k[n % 2 * 2], k[n % 2 * 2 + 1], near, BF16)
-            far = mma(queries[n + 2 * CHUNKS * (SETS - 1)], m[n % 2 * 2], m[n % 2 * 2 + 1], far, BF16)
-        if SETS == 1:
-            result += ((near[0] + far[2], near[1] + far[3]),)
-        else:
-            result += ((near[0] + far[0], near[1] + far[1], near[2] + far[2], near[3] + far[3]),)
+            far = mma(queries[n], m[n % 2 * 2], m[n % 2 * 2 + 1], far, BF16)
+        result += (near[0] + far[2], near[1] + far[3])
     return result
 
 
@@ -297,20 +287,17 @@ def products(queries, keys, SETS: gl.constexpr, BF16: gl.constexpr):
 def add_values(sums, weights, values, BF16: gl.constexpr):
     """Return sums plus values x weights.
 
-    weights: a word for either eight positions, of one or two sets of rows. sums: as many sets; element 4c + i has dims
-    8g + 64c + 2i of rows 2t, 2t + 1, then the next dim of both.
+    weights: a word for either eight positions, of row g. sums: element 4c + i has dims 8g + 64c + 2i of rows 2t and
+    2t + 1, then the next dim of both.
     """
     CHUNKS: gl.constexpr = len(values) // 4
     result = ()
-    for s in gl.static_range(len(weights)):
-        fours = ()
-        for n in gl.static_range(4 * CHUNKS):
-            near, next_near = values[n // 4][n % 4], values[CHUNKS + n // 4][n % 4]
-            far, next_far = values[2 * CHUNKS + n // 4][n % 4], values[3 * CHUNKS + n // 4][n % 4]
-            a = (
-                interleave(near, next_near, False), interleave(near, next_near, True),
-                interleave(far, next_far, False), interleave(far, next_far, True),
-            )  # fmt: skip
-            fours += (mma(a, weights[s][0], weights[s][1], sums[s][n], BF16),)
-        result += (fours,)
+    for n in gl.static_range(4 * CHUNKS):
+        near, next_near = values[n // 4][n % 4], values[CHUNKS + n // 4][n % 4]
+        far, next_far = values[2 * CHUNKS + n // 4][n % 4], values[3 * CHUNKS + n // 4][n % 4]
+        a = (
+            interleave(near, next_near, False), interleave(near, next_near, True),
+            interleave(far, next_far, False), interleave(far, next_far, True),
+        )  # fmt: skip
+        result += (mma(a, weights[0], weights[1], sums[n], BF16),)
     return result

@@ -46,34 +46,22 @@ def load_pair(pointer, here, OFFSET: gl.constexpr, PAST_L1: gl.constexpr = False
     )  # fmt: skip
 
 
-@gluon.jit
-def store_four(pointer, words, here, OFFSET: gl.constexpr):
-    """Store four words in global memory at pointer + OFFSET bytes where `here` says so."""
-    gl.inline_asm_elementwise(
-        f"""{{ .reg .pred p; setp.ne.b32 p, $6, 0;
-        @p st.global.v4.b32 [$1 + {OFFSET}], {{$2, $3, $4, $5}}; mov.b32 $0, 0; }}""",
-        "=r,l,r,r,r,r,r", [pointer, words[0], words[1], words[2], words[3], here.to(gl.int32)],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+@gluon.constexpr_function
+def store_text(count, offset):
+    """Return PTX that stores one, two or four words, $3 and behind, at $1 + offset where $2 is not 0."""
+    words = ", ".join(f"${3 + n}" for n in range(count))
+    kind, words = ("b32", words) if count == 1 else (f"v{count}.b32", f"{{{words}}}")
+    return f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.{kind} [$1 + {offset}], {words}; mov.b32 $0, 0; }}"
 
 
 @gluon.jit
-def store_two(pointer, first, second, here):
-    """Store two fp32 in global memory where `here` says so."""
+def store_words(pointer, words, here, OFFSET: gl.constexpr):
+    """Store one, two or four words in global memory at pointer + OFFSET bytes where `here` says so."""
+    operands = (pointer, here.to(gl.int32))
+    operands += words
     gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p st.global.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0; }", "=r,l,r,r,r",
-        [pointer, first.to(gl.uint32, bitcast=True), second.to(gl.uint32, bitcast=True), here.to(gl.int32)],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def store_word(pointer, word, here):
-    """Store a word in global memory where `here` says so."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }", "=r,l,r,r",
-        [pointer, word, here.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+        store_text(len(words), OFFSET), "=r,l,r" + ",r" * len(words), operands, dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit

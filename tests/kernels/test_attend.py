@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from fastgen.kernels import fused, launch, reference
-from fastgen.kernels.attend import REGISTERS, SPAN, WARPS, attend, attend_kernel
+from fastgen.kernels.attend import REGISTERS, ROWS, SPAN, WARPS, attend, attend_kernel
 from fastgen.kernels.reference import Step
 from tests.kernels import support
 from tests.kernels.support import compiled_ahead, on_gpu
@@ -152,18 +151,18 @@ def compiled(
     d: int, group: int, tokens: int, capability: int, normalized: bool = False, heads: int = 32, splits: int = 8
 ) -> Any:
     """The kernel as it would be launched for one text."""
-    rows = min(16, launch.next_power_of_two(tokens * group))
+    rows = min(ROWS, launch.next_power_of_two(tokens * group))
     constants = {
         "K": heads // group, "G": group, "D": d, "R": rows, "N": launch.next_power_of_two(tokens), "SPLITS": splits,
         "SPAN": SPAN, "PDL": capability >= 90, "WARPS": WARPS,
     } | ({} if normalized else {"q_norm": None, "k_norm": None})  # fmt: skip
-    registers = REGISTERS[triton.cdiv(rows, 8)] if capability >= 90 else 255
+    registers = REGISTERS if capability >= 90 else 255
     return support.compile_ahead(attend_kernel, capability, ARGUMENTS, constants, warps=WARPS, maxnreg=registers)
 
 
 @compiled_ahead
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("d", "group", "tokens"), [(128, 1, 1), (64, 4, 16)])
+@pytest.mark.parametrize(("d", "group", "tokens"), [(128, 1, 1), (128, 4, 8), (64, 4, 16)])
 def test_the_first_tile_waits_in_registers(d: int, group: int, tokens: int, capability: int) -> None:
     kernel = compiled(d, group, tokens, capability)
     used, code = support.usage(kernel), kernel.asm["ptx"]
