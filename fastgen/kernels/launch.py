@@ -29,7 +29,8 @@ class Shape(NamedTuple):
     Attributes:
         per_processor: programs on each multiprocessor.
         tiles: tiles of 16 rows in a block.
-        depth: units of each warp's ring, fewer where shared memory is short.
+        depth: units of each warp's ring, fewer where shared memory is short. Where rings leave room for more programs than
+            `per_processor`, some multiprocessors get more than others.
         claimed: percent of the rows that programs claim when they are through with their own, 0 to share out all.
     """
 
@@ -39,8 +40,8 @@ class Shape(NamedTuple):
     claimed: int
 
 
-DEFAULT = (Shape(2, 1, 5, 0), Shape(2, 1, 2, 0), Shape(2, 1, 2, 0))
-"""For 1, up to 8, and up to 16 tokens, on GPUs that nobody has tuned for."""
+DEFAULT = (Shape(2, 1, 5, 0),) * 3
+"""For 1, up to 8, and up to 16 tokens, on GPUs that nobody has tuned for. A ring so deep leaves no room for others."""
 
 TABLE = Path(__file__).with_name("shapes.json")
 """The shapes that `scripts/tune` found, by GPU and stage; three each, as in `DEFAULT`."""

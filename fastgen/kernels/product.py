@@ -7,7 +7,7 @@ memory never idles, not within a kernel and not between two.
   more blocks when it is through with it (`fastgen.kernels.claims`). Its warps share the columns: warp w takes every
   WARPS-th unit of 64, through a ring of its own (`fastgen.kernels.ring`) that no other warp waits for. Only at a
   block's end the warps' sums are added, in order.
-- Weights are an operand of mma.m16n8k16 without any change of layout: the 16 bytes that a lane holds of a row are
+- Weights are an operand of mma.m16n8k16 without any change of layout: the 16 bytes that a lane reads of a row are
   eight neighbours, and since sums do not care in which order k comes as long as x agrees, they serve two products.
   Tokens are the eight columns (16 from 9 tokens on; columns beyond the tokens repeat the last). A column's sum depends
   on WARPS alone: a token that is verified among others gets the bits that it gets alone.
@@ -29,7 +29,7 @@ from triton.experimental.gluon import language as gl
 
 from fastgen.kernels.claims import claim, publish, published
 from fastgen.kernels.fragments import arrive, barrier, commit, halves, lanes, load_four, statement
-from fastgen.kernels.ring import copy_rows, fma, load_words, mma, place, release, ring_memory, write_four
+from fastgen.kernels.ring import copy_rows, fma, load_words, mma, place_of, release, ring_memory, write_four
 
 WARPS = 8
 """Warps of a program; they are the order of every sum along K."""
@@ -84,9 +84,8 @@ def stream_product(  # noqa: PLR0912, PLR0915
     lane = gl.arange(0, 32, gl.SliceLayout(0, L))[None, :] + warp * 0
     g, offset = lane // 4, warp * 64 + lane % 4 * 8
     ring = address + warp * (DEPTH * R * 2048)
-    near = ring + place(g, lane % 4)
-    # What a lane copies is not what it reads: 16 bytes of rows c, c + 4, .. of a tile.
-    c, of_copy, ring = lane // 8, warp * 64 + lane % 8 * 8, ring + place(lane // 8, lane % 8)
+    near = ring + place_of(g, lane % 4)
+    c, of_copy, ring = lane // 8, warp * 64 + lane % 8 * 8, ring + place_of(lane // 8, lane % 8)  # what a lane copies
     zero = gl.zeros([WARPS, 32], gl.float32, L)
 
     firsts = ()

@@ -1,10 +1,11 @@
-"""A lane's own copies: shared memory in which every lane reads back only what it copied itself; and float products.
+"""A warp's own copies: shared memory in which a warp reads back what it copied itself; and products of floats.
 
 Triton's operations on shared memory put a barrier of the whole program around each use, because they know nothing of
-who reads what. A lane that copies 16 bytes (`cp.async`) and later reads the same 16 bytes needs no barrier: it waits
-for its own copies, and warps drift apart as memory serves them. So this is PTX, which Triton takes as it is: volatile,
-hence kept in its order. Values are tensors [warps, 32] in the layout `fragments.lanes`, one register of every lane;
-pairs are two 16-bit floats in 32 bits. What the stages with integer weights need besides: `fastgen.kernels.fragments`.
+who reads what. A warp that copies (`cp.async`) what only its own lanes read needs none: it waits for its own copies,
+and warps drift apart as memory serves them. So this is PTX, which Triton takes as it is: volatile, hence kept in its
+order. Each 128 bytes of memory, a line, land in one line of shared memory: where they straddle two, copies take longer.
+Values are tensors [warps, 32] in the layout `fragments.lanes`, one register of every lane; pairs are two 16-bit floats
+in 32 bits. What the stages with integer weights need besides: `fastgen.kernels.fragments`.
 
 Gluon is Triton with explicit layouts. Sources: PTX ISA, cp.async, cp.async.wait_group, ld.shared, mma.m16n8k16.
 """
@@ -39,8 +40,8 @@ def release(memory, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def place(row, piece):
-    """Return where piece 0 to 7 of a row's 128 bytes lies: a line of memory in a line of the ring.
+def place_of(row, piece):
+    """Return where piece 0 to 7 of a row's 128 bytes lies in a tile.
 
     Odd rows have their halves swapped, so that neighbours' equal pieces lie in different banks.
     """
