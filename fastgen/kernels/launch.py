@@ -29,8 +29,8 @@ class Shape(NamedTuple):
     Attributes:
         per_processor: programs on each multiprocessor.
         tiles: tiles of 16 rows in a block.
-        depth: units of each warp's ring, fewer where shared memory is short. Where rings leave room for more programs than
-            `per_processor`, some multiprocessors get more than others.
+        depth: units of each warp's ring, fewer where shared memory is short. Where rings leave room for more programs
+            than `per_processor`, some multiprocessors get more than others.
         claimed: percent of the rows that programs claim when they are through with their own, 0 to share out all.
     """
 
