@@ -67,6 +67,19 @@ REGISTERS = 160
 """A thread; what is left lets the kernels ahead and behind have programs beside these."""
 
 
+def choose_rows(rows: int, tokens: int, d: int, memory: int) -> int:
+    """Return how many of a key head's rows a program serves, a power of two, fewer where `memory` KiB are short."""
+    chosen = min(ROWS, launch.next_power_of_two(rows))
+    while chosen > 1 and _lines(chosen, tokens, d) * 512 >= memory << 10:
+        chosen //= 2
+    return chosen
+
+
+def _lines(rows: int, tokens: int, d: int) -> int:
+    """Return the lines of 512 bytes of shared memory that a program needs; the ticket is behind them."""
+    return int(exchange_lines(WARPS, rows, d) + heads_lines(rows, launch.next_power_of_two(tokens), d))
+
+
 @torch.library.custom_op("fastgen::attend", mutates_args=("k_cache", "v_cache"))
 def attend(
     qkv: Tensor,
@@ -92,10 +105,9 @@ def attend(
     B, T, width = qkv.shape
     K, S, d = k_cache.shape[1:]
     H = width // d - 2 * K
-    splits, groups = launch.split_count(K), triton.cdiv(T * (H // K), ROWS)
-    rows = min(ROWS, launch.next_power_of_two(T * (H // K)))
+    splits, rows = launch.split_count(K), choose_rows(T * (H // K), T, d, launch.shared_memory(qkv.device))
     out = torch.empty(B, T, H * d, dtype=qkv.dtype, device=qkv.device)
-    cells = B * K * groups
+    cells = B * K * triton.cdiv(T * (H // K), rows)
     partial = torch.empty(cells * splits * rows * (d + 2), dtype=torch.float32, device=qkv.device)
     dependent = launch.dependent_launch(qkv.device)
     attend_kernel[(cells, splits)](
@@ -125,7 +137,7 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
 ):  # fmt: skip
     """Grid (B K groups, SPLITS); partial: see `shares.add_shares`, for each cell; tickets are 0.
 
-    R is the number of rows of a program, or the power of two above it; N is that of T.
+    R is the number of rows of a program, a power of two, see `choose_rows`; N is T, or the power of two above it.
     """
     CHUNKS: gl.constexpr = (D + 63) // 64
     DIMS: gl.constexpr = dims_of(WARPS, R, D)
@@ -134,7 +146,7 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
     BF16: gl.constexpr = qkv.dtype.element_ty == gl.bfloat16
     L: gl.constexpr = lanes(WARPS)
     cell, share = gl.program_id(0), gl.program_id(1)
-    groups = gl.cdiv(T * G, 8)
+    groups = 1 if N * G <= R else gl.cdiv(T * G, R)
     group, head, text = cell % groups, (cell // groups) % K, cell // (groups * K)
     begin = gl.load(positions + text * T).to(gl.int32)  # position of the first new token
     lowest = gl.where(window > 0, gl.maximum(begin - window + 1, 0), 0) // TILE
@@ -159,7 +171,7 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
     cached_key, cached_value = k_cache + cache + key_at * D + 8 * t, v_cache + cache + value_at * D + 8 * g
     new_value = source + (G * K + K + head) * D + 8 * g
     turned_at = address + exchange_lines(WARPS, R, D) * 512
-    position = begin + gl.minimum(group * 8 + g, T * G - 1) // G  # of row g
+    position = begin + gl.minimum(group * R + g, T * G - 1) // G  # of row g
     keys = load_keys(
         ((nothing,) * (2 * CHUNKS),) * 2, cached_key + first * (TILE * D), begin - first * TILE - key_at, t, D
     )  # fmt: skip
@@ -174,7 +186,7 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
             if live:
                 statement("griddepcontrol.wait;")
         heads = load_heads(
-            warp, lane, (R, group * 8, T * G - 1), T, source + head * (G * D), (G * K - G * head + head) * D,
+            warp, lane, (R, group * R, T * G - 1), T, source + head * (G * D), (G * K - G * head + head) * D,
             rope + text * T * D, (q_norm, k_norm), live, G, N, STRIDE, D, WARPS,
         )  # fmt: skip
         statement("bar.warp.sync 0xffffffff;")  # the assembler would load these first, but those are needed first
@@ -221,10 +233,10 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
         for n in gl.static_range((R * (D // DIMS) + 32 * WARPS - 1) // (32 * WARPS)):
             unit = n * (32 * WARPS) + warp * 32 + lane
             row, dim = unit // (D // DIMS), unit % (D // DIMS) * DIMS
-            here = live & (group * 8 + row < T * G) & (row < R)
+            here = live & (group * R + row < T * G) & (row < R)
             found = add_warps(address, gl.where(row < R, row, 0), dim, DIMS, R, D, WARPS)
             if shares == 1:
-                store_output(out, text, head, group * 8 + row, dim, found[1], found[2], here, T, K, G, D, BF16)
+                store_output(out, text, head, group * R + row, dim, found[1], found[2], here, T, K, G, D, BF16)
             else:
                 base = partial + cell.to(gl.int64) * (SPLITS * R * (D + 2))
                 leave_share(base, share, row, dim, found, here, R, D, SPLITS)
@@ -236,10 +248,10 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
             for n in gl.static_range((R * (D // DIMS) + 32 * WARPS - 1) // (32 * WARPS)):
                 unit = n * (32 * WARPS) + warp * 32 + lane
                 row, dim = unit // (D // DIMS), unit % (D // DIMS) * DIMS
-                here = (group * 8 + row < T * G) & (row < R)
+                here = (group * R + row < T * G) & (row < R)
                 base = partial + cell.to(gl.int64) * (SPLITS * R * (D + 2))
                 mass, sums = add_shares(base, row, dim, here, origin % SPLITS, shares, DIMS, R, D, SPLITS)
-                store_output(out, text, head, group * 8 + row, dim, mass, sums, here, T, K, G, D, BF16)
+                store_output(out, text, head, group * R + row, dim, mass, sums, here, T, K, G, D, BF16)
     memory._keep_alive()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels import fused, launch, reference
-from fastgen.kernels.attend import REGISTERS, ROWS, SPAN, WARPS, attend, attend_kernel
+from fastgen.kernels.attend import REGISTERS, ROWS, SPAN, WARPS, attend, attend_kernel, choose_rows
 from fastgen.kernels.reference import Step
 from tests.kernels import support
 from tests.kernels.support import compiled_ahead, on_gpu
@@ -148,10 +148,11 @@ def test_heads_that_are_no_multiple_of_16_go_to_the_reference() -> None:
 
 
 def compiled(
-    d: int, group: int, tokens: int, capability: int, normalized: bool = False, heads: int = 32, splits: int = 8
-) -> Any:
+    d: int, group: int, tokens: int, capability: int, normalized: bool = False, heads: int = 32, splits: int = 8,
+    memory: int = 99,
+) -> Any:  # fmt: skip
     """The kernel as it would be launched for one text."""
-    rows = min(ROWS, launch.next_power_of_two(tokens * group))
+    rows = choose_rows(tokens * group, tokens, d, memory)
     constants = {
         "K": heads // group, "G": group, "D": d, "R": rows, "N": launch.next_power_of_two(tokens), "SPLITS": splits,
         "SPAN": SPAN, "PDL": capability >= 90, "WARPS": WARPS,
@@ -186,6 +187,18 @@ def test_it_compiles_for_any_number_of_key_heads(heads: int) -> None:
     splits = launch.split_count(heads)
     assert splits == launch.next_power_of_two(splits)
     assert compiled(64, 1, 1, 90, heads=heads, splits=splits).metadata.shared > 0
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_the_least_shared_memory_of_a_gpu_has_room_for_all_rows(d: int) -> None:
+    assert choose_rows(64, 16, d, 99) == ROWS
+
+
+@compiled_ahead
+@pytest.mark.parametrize(("memory", "rows"), [(23, 8), (22, 4), (12, 2)])
+def test_programs_have_fewer_rows_where_shared_memory_is_short(memory: int, rows: int) -> None:
+    assert choose_rows(64, 16, 64, memory) == rows
+    assert compiled(64, 4, 16, 90, memory=memory).metadata.shared <= memory << 10
 
 
 ON_MACHINE = [
@@ -251,6 +264,7 @@ def test_on_the_machine_a_token_has_the_same_bits_among_others(
     on_machine(launch.DEFAULT[0], dependent=dependent)
     shape = {"heads": 4, "kv_heads": 2, "d": 64, "dtype": torch.bfloat16, "device": "cpu", "window": window}
     together, alone = (Case([begin], 16, **shape) for _ in range(2))
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 20 if window else 227)  # which makes it four rows
     verified = attend(*together.arguments())
     at = 0
     for tokens in (1, 3, 1, 5, 6):
