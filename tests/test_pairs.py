@@ -40,29 +40,24 @@ def test_damping_quantized_weights_scales_them(quant: str) -> None:
     assert isinstance(linear, Int4Linear) == (quant == "int4 g32")
 
 
-@pytest.mark.parametrize(("words", "scales", "factors"), [(512, [1.0, -2.0], None), (264, None, 16), (272, None, 32)])
+@pytest.mark.parametrize(("words", "tail", "factors"), [(512, (8,), 16), (256, (3, 8), 16), (256, (3, 20), 32)])
 def test_scales_in_the_kernels_layout_are_damped_as_numbers_and_nothing_else_is(
-    words: int, scales: list[float] | None, factors: int | None
+    words: int, tail: tuple[int, ...], factors: int
 ) -> None:
     target = random_model(dtype="bf16")
     content = torch.randint(1 << 30, (2, 3, words), dtype=torch.int32)
-    if factors:
-        content.view(torch.bfloat16)[..., 512 : 512 + factors] = torch.arange(1.0, factors + 1).bfloat16()
-    bits = None if scales is None else torch.tensor(scales, dtype=torch.bfloat16).view(torch.int32)
+    scales = torch.randint(1 << 30, (2, *tail), dtype=torch.int32)
+    scales.view(torch.bfloat16)[..., :factors] = torch.arange(1.0, factors + 1).bfloat16()
     for block in target.transformer.layers:
         for name in ("wo", "w_down"):
-            own = None if bits is None else bits.clone()
-            packed = PackedLinear(content.clone(), own, None, out_features=32, in_features=384, dtype=torch.bfloat16)
-            block.set_submodule(name, packed)
+            tensors = content.clone(), scales.clone(), None
+            block.set_submodule(name, PackedLinear(*tensors, out_features=32, in_features=384, dtype=torch.bfloat16))
     damp(target, layers=1, factor=0.5)
     first, second = (block.wo for block in target.transformer.layers)
-    assert first.words.equal(content)
-    if bits is not None:
-        assert second.words.equal(content) and second.scales.view(torch.bfloat16).tolist() == [0.5, -1.0]
-    else:
-        halved = torch.arange(1.0, factors + 1).bfloat16() * 0.5
-        assert second.words[..., :256].equal(content[..., :256])
-        assert second.words.view(torch.bfloat16)[..., 512:].eq(halved).all()
+    assert first.words.equal(content) and first.scales.equal(scales) and second.words.equal(content)
+    halved = torch.arange(1.0, factors + 1).bfloat16() * 0.5
+    assert second.scales.view(torch.bfloat16)[..., :factors].eq(halved).all()
+    assert second.scales[..., factors // 2 :].equal(scales[..., factors // 2 :])
 
 
 def test_the_benchmark_finds_an_agreement_and_writes_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,8 +38,8 @@ WARPS = gl.constexpr(8)
 
 @gluon.constexpr_function
 def digit_bytes(groups, sets):
-    """Return the size of a unit of x, digits and sums of groups: of one token, or of `sets` of eight."""
-    return sets * (3072 + 96 * groups) if sets else 384 + 16 * groups
+    """Return the size of a unit of x, digits and sums of groups: of one token, or of `sets` of eight in whole lines."""
+    return (sets * (3072 + 96 * groups) + 127) // 128 * 128 if sets else 384 + 16 * groups
 
 
 @gluon.jit
@@ -168,7 +168,7 @@ def prepare_kernel(
     """Grid (tokens): the digits of x [tokens, 128 UNITS] times norm, and factors [tokens] for the product.
 
     blocks [UNITS, digit_bytes] int32: digits [SETS, 3, 2, 32 lanes, 4 words], lane 4g + t with token g; then the sums
-    of groups [SETS, GROUPS, 3, 8 tokens], negated.
+    of groups [SETS, GROUPS, 3, 8 tokens], negated; then what fills a line.
     """
     UNITS: gl.constexpr = (WIDTH + 127) // 128
     BF16: gl.constexpr = x.dtype.element_ty == gl.bfloat16

@@ -48,21 +48,21 @@ def copy_text(size, lanes):
     All but the last happen where $3 < $4, the last where $3 < $5.
     """
     step = 16 * lanes
-    copy = "@{0} cp.async.cg.shared.global [$1 + {1}], [$2 + {1}], 16, $6;"
+    copy = "@{0} cp.async.cg.shared.global [$1 + {1}], [$2 + {2}], 16, $6;"
     lines = ["setp.lt.s32 p, $3, $4; setp.lt.s32 q, $3, $5;"]
-    lines += [copy.format("p" if at + step <= size else "q", at) for at in range(0, size, step)]
+    lines += [copy.format("p" if at + step <= size else "q", 32 * at // lanes, at) for at in range(0, size, step)]
     return "{ .reg .pred p, q; " + " ".join(lines) + " mov.b32 $0, 0; }"
 
 
 @gluon.jit
-def copy(target, source, turn, turns, bytes_a_lane, SIZE: gl.constexpr, LANES: gl.constexpr):
-    """Start a copy of SIZE bytes by LANES lanes from global to shared memory, if `turn` is below turns[0].
+def copy(target, source, unit, limits, bytes_a_lane, SIZE: gl.constexpr, LANES: gl.constexpr):
+    """Start a copy of SIZE bytes by LANES lanes from global to shared memory, if `unit` is below limits[0].
 
     source and target are a lane's own; the lanes that have a part of the last SIZE % (16 LANES) bytes copy that below
-    turns[1]. bytes_a_lane is 16, or 0 to fill with zeros.
+    limits[1]. What 32 lanes copy at a time fills 512 bytes. bytes_a_lane is 16, or 0 to fill with zeros.
     """
     gl.inline_asm_elementwise(
-        copy_text(SIZE, LANES), "=r,r,l,r,r,r,r", [target, source, turn, turns[0], turns[1], bytes_a_lane],
+        copy_text(SIZE, LANES), "=r,r,l,r,r,r,r", [target, source, unit, limits[0], limits[1], bytes_a_lane],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 

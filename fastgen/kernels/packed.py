@@ -5,16 +5,17 @@ A matrix [n, K] is cut into tiles of 16 rows and units of 128 columns. Tile i ho
 to whole tiles and units is filled with zeros.
 
     tensor  shape                    dtype  content
-    words   [tiles, units, record]   int32  a record is what a warp reads of a tile at once:
+    words   [tiles, units, record]   int32  a record is what a warp reads of a tile at once, whole lines of memory:
                 [2, 32, 4]                  int4: eight 4-bit weights a word, see below
                 [2, 2, 32, 4]               int8: four weights a word
-                groups x [8]                int4: two scales in the model's dtype, of row g of the first half in the low
-                                            bits, of the second in the high; `groups` of 32, 64 or 128 columns in a
-                                            unit (of 256: repeated in a second unit)
-                groups x [2]                int4 with zero points: 8 + zero point of row g in byte g, of the first
-                                            half in the low four bits, of the second in the high
+    scales  [tiles, 8]               int32  int8: two scales in the model's dtype, of row g of the first half in the
+                                            low bits, of the second in the high
+            [tiles, units, tail]     int32  int4: a tail is what belongs to a record:
+                groups x [8]                two scales as above; `groups` of 32, 64 or 128 columns in a unit (of 256:
+                                            repeated in a second unit)
+                groups x [2]                with zero points: 8 + zero point of row g in byte g, of the first half in
+                                            the low four bits, of the second in the high
                 [2]                         and, for one group, zeros that fill 16 bytes
-    scales  [tiles, 8]               int32  int8: two scales as above, for all columns
 
 Word i of lane 4g + t in part c of a record holds columns k .. k + 3 of a unit, k = 64c + 32 (i / 2) + 8t + 4 (i mod 2),
 one a byte, from the lowest on: what the lane has of step 2c + i / 2 of four, each a product of 16 rows and 32 columns
@@ -36,7 +37,7 @@ PLANE = 256  # words
 
 
 class Form(NamedTuple):
-    """What a record holds.
+    """What a record and its tail hold.
 
     Attributes:
         planes: of four bits: 1 for int4, 2 for int8.
@@ -49,13 +50,13 @@ class Form(NamedTuple):
     zeros: bool
 
 
-def form_of(words: Tensor) -> Form:
-    """Return what the records of `words` hold, from their size: no two forms share one."""
-    size = words.shape[2]
-    if size == 2 * PLANE:
+def form_of(words: Tensor, scales: Tensor) -> Form:
+    """Return what `words` and `scales` hold, from the sizes of a record and of a tail: no two forms share both."""
+    if words.shape[2] == 2 * PLANE:
         return Form(2, 0, False)
-    zeros = size - PLANE not in (8, 16, 32)
-    return Form(1, (size - PLANE) // (10 if zeros else 8), zeros)
+    size = scales.shape[2]
+    zeros = size not in (8, 16, 32)
+    return Form(1, size // (10 if zeros else 8), zeros)
 
 
 class PackedLinear(nn.Module):
@@ -65,29 +66,24 @@ class PackedLinear(nn.Module):
     serves any number of tokens.
 
     Args:
-        words, scales: see above; scales are bit patterns of `dtype`, bf16 or fp16.
+        words, scales: see above; `dtype` is that of the numbers in `scales`, bf16 or fp16.
         bias: [out] in `dtype`.
     """
 
-    scales: Tensor | None
-
     def __init__(
-        self, words: Tensor, scales: Tensor | None, bias: Tensor | None,
+        self, words: Tensor, scales: Tensor, bias: Tensor | None,
         *, out_features: int, in_features: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         super().__init__()
         self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
         self.words = nn.Parameter(words, requires_grad=False)
-        self.register_parameter("scales", None if scales is None else nn.Parameter(scales, requires_grad=False))
+        self.scales = nn.Parameter(scales, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def multiply(self, factor: float) -> None:
         """Multiply the weights, in place, by way of their scales."""
-        if self.scales is not None:
-            self.scales.view(self.dtype).mul_(factor)
-        else:
-            groups = form_of(self.words).groups
-            self.words.view(self.dtype)[..., 2 * PLANE : 2 * PLANE + 16 * groups].mul_(factor)
+        groups = form_of(self.words, self.scales).groups
+        self.scales.view(self.dtype)[..., : TILE * max(1, groups)].mul_(factor)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [.., in] times the weights, plus the bias, [.., out]; x in `dtype`."""
@@ -104,14 +100,14 @@ def pack_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Te
     tiles, units, group = triton.cdiv(n, TILE), triton.cdiv(width, UNIT), width // scale.shape[1]
     groups = max(1, UNIT // group)
     of_zeros = 0 if zero_point is None else max(4, 2 * groups)
-    words = packed.new_empty(tiles, units, PLANE + 8 * groups + of_zeros)
-    pack_int4_kernel[(tiles, units)](packed.contiguous(), words, n, width, words.shape[2])
-    words[:, :, PLANE : PLANE + 8 * groups] = _in_tiles(scale, tiles, units, group).view(torch.int32)
+    words = packed.new_empty(tiles, units, PLANE)
+    pack_int4_kernel[(tiles, units)](packed.contiguous(), words, n, width)
+    scales = _in_tiles(scale, tiles, units, group).view(torch.int32)
     if zero_point is not None:
         low, high = _in_tiles(zero_point.to(torch.uint8) + 8, tiles, units, group).unflatten(2, (-1, 2)).unbind(3)
         zeros = F.pad(low | high << 4, (0, 4 * of_zeros - 8 * groups))
-        words[:, :, PLANE + 8 * groups :] = zeros.view(torch.int32)
-    return PackedLinear(words, None, bias, out_features=n, in_features=width, dtype=scale.dtype)
+        scales = torch.cat((scales, zeros.view(torch.int32)), 2)
+    return PackedLinear(words, scales, bias, out_features=n, in_features=width, dtype=scale.dtype)
 
 
 def pack_int8(weight: Tensor, scale: Tensor, bias: Tensor | None) -> PackedLinear:
@@ -133,19 +129,19 @@ def _in_tiles(values: Tensor, tiles: int, units: int, group: int) -> Tensor:
 
 
 @torch.library.custom_op("fastgen::unpack", mutates_args=())
-def unpack(words: Tensor, scales: Tensor | None, n: int, width: int, dtype: torch.dtype) -> Tensor:
+def unpack(words: Tensor, scales: Tensor, n: int, width: int, dtype: torch.dtype) -> Tensor:
     """Return the weights [n, width] in `dtype`."""
     weight = torch.empty(n, width, dtype=dtype, device=words.device)
-    form = form_of(words)
+    form = form_of(words, scales)
     unpack_kernel[words.shape[:2]](
-        words, words.view(dtype) if scales is None else scales.view(dtype), words.view(torch.uint8), weight, n, width,
-        words.shape[2], GROUPS=form.groups, ZEROS=form.zeros,
+        words, scales.view(dtype), scales.view(torch.uint8), weight, n, width, scales.shape[-1],
+        GROUPS=form.groups, ZEROS=form.zeros,
     )  # fmt: skip
     return weight
 
 
 @unpack.register_fake
-def _(words: Tensor, scales: Tensor | None, n: int, width: int, dtype: torch.dtype) -> Tensor:
+def _(words: Tensor, scales: Tensor, n: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(n, width, dtype=dtype, device=words.device)
 
 
@@ -163,7 +159,7 @@ def _row(g, half):
 
 
 @triton.jit
-def pack_int4_kernel(packed, words, n, width, record):
+def pack_int4_kernel(packed, words, n, width):
     """Grid (tiles, units); packed [n, width / 8], weight 8j + i of a row in bits 4i of its word j."""
     _word, byte, g, column = _place()
     bits = tl.zeros([256, 4], tl.uint32)
@@ -172,7 +168,7 @@ def pack_int4_kernel(packed, words, n, width, record):
         here = (row < n) & (column < width)
         q = tl.load(packed + row.to(tl.int64) * (width // 8) + column // 8, mask=here, other=0)
         bits |= ((q >> (column % 8 * 4)) & 15).to(tl.uint32) << (byte * 8 + 4 * half)
-    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * record
+    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 256
     tl.store(words + at + tl.arange(0, 256), tl.sum(bits, axis=1).to(tl.int32))
 
 
@@ -189,26 +185,24 @@ def pack_int8_kernel(weight, words, n, width):
 
 
 @triton.jit
-def unpack_kernel(
-    words, scales, zeros, weight, n, width, record, GROUPS: tl.constexpr, ZEROS: tl.constexpr
-):  # fmt: skip
-    """Grid (tiles, units); scales in the dtype of weight [n, width], zeros uint8; both in `words` for int4.
+def unpack_kernel(words, scales, zeros, weight, n, width, tail, GROUPS: tl.constexpr, ZEROS: tl.constexpr):
+    """Grid (tiles, units); scales in the dtype of weight [n, width], zeros the same memory as uint8.
 
-    A record has `record` words; GROUPS of a unit, 0: int8.
+    A tail has `tail` words; GROUPS of a unit, 0: int8.
     """
     word, byte, g, column = _place()
-    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * record
+    unit = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     for half in tl.static_range(2):
         if GROUPS == 0:
-            q = tl.load(words + at + half * 256 + word) << (24 - byte * 8) >> 24
+            q = tl.load(words + unit * 512 + half * 256 + word) << (24 - byte * 8) >> 24
             scale = tl.load(scales + tl.program_id(0) * 16 + g * 2 + half)
         else:
-            q = (tl.load(words + at + word) >> (byte * 8 + 4 * half)) & 15
+            q = (tl.load(words + unit * 256 + word) >> (byte * 8 + 4 * half)) & 15
             place = column % 128 // (128 // GROUPS) * 16 + g * 2 + half
-            scale = tl.load(scales + (at + 256) * 2 + place)
+            scale = tl.load(scales + unit * tail * 2 + place)
             if ZEROS:
                 place = column % 128 // (128 // GROUPS) * 8 + g
-                q -= tl.load(zeros + (at + 256 + 8 * GROUPS) * 4 + place).to(tl.int32) >> (4 * half) & 15
+                q -= tl.load(zeros + (unit * tail + 8 * GROUPS) * 4 + place).to(tl.int32) >> (4 * half) & 15
             else:
                 q -= 8
         row = _row(g, half)

@@ -19,7 +19,7 @@ from fastgen.kernels import launch
 from fastgen.kernels.fixed_point import WARPS, digit_bytes, prepare_kernel
 from fastgen.kernels.head import pick_token_kernel
 from fastgen.kernels.packed import TILE, UNIT, Form, form_of
-from fastgen.kernels.packed_product import SHIFT, fixed_bytes, slot_bytes, stream_product
+from fastgen.kernels.packed_product import fixed_bytes, slot_bytes, stream_product
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -49,7 +49,7 @@ SHAPES = {
 
 @torch.library.custom_op("fastgen::packed_linear", mutates_args=())
 def packed_linear(
-    x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor | None, bias: Tensor | None,
+    x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor, bias: Tensor | None,
     residual: Tensor | None, n: int, wide: bool,
 ) -> Tensor:  # fmt: skip
     """Return [.., n], in fp32 if `wide`, else in x's dtype, for x [.., K], norm [K], bias [n], residual [.., n]."""
@@ -61,7 +61,7 @@ def packed_linear(
 
 @packed_linear.register_fake
 def _(
-    x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor | None, bias: Tensor | None,
+    x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor, bias: Tensor | None,
     residual: Tensor | None, n: int, wide: bool,
 ) -> Tensor:  # fmt: skip
     return torch.empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype, device=x.device)
@@ -69,7 +69,7 @@ def _(
 
 @torch.library.custom_op("fastgen::packed_swiglu", mutates_args=())
 def packed_swiglu(
-    x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor | None, bias: Tensor | None, n: int
+    x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor, bias: Tensor | None, n: int
 ) -> Tensor:
     """Return silu(gate) * up [.., n / 2] for x [.., K], norm [K], bias [n]; n is a multiple of 16."""
     assert n % TILE == 0, "gate and up rows meet in a tile"
@@ -79,13 +79,13 @@ def packed_swiglu(
 
 
 @packed_swiglu.register_fake
-def _(x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor | None, bias: Tensor | None, n: int) -> Tensor:
+def _(x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], n // 2)
 
 
 @torch.library.custom_op("fastgen::packed_greedy_head", mutates_args=())
 def packed_greedy_head(
-    x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor | None, bias: Tensor | None, n: int
+    x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor, bias: Tensor | None, n: int
 ) -> Tensor:
     """Return the tokens [..] int64 of the largest of n logits for x [.., K]; -1 where there is none."""
     tokens, tiles = x.numel() // x.shape[-1], words.shape[0]
@@ -99,15 +99,15 @@ def packed_greedy_head(
 
 
 @packed_greedy_head.register_fake
-def _(x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor | None, bias: Tensor | None, n: int) -> Tensor:
+def _(x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
 
 
 def _launch(
-    kernel: Any, x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor | None, n: int,
+    kernel: Any, x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor, n: int,
     *, bias: Tensor | None, **of_tokens: Tensor | None,
 ) -> None:  # fmt: skip
-    width, form = x.shape[-1], form_of(words)
+    width, form = x.shape[-1], form_of(words, scales)
     tiles, units = words.shape[:2]
     tokens = x.numel() // width
     x = x.reshape(tokens, width).contiguous()
@@ -156,7 +156,7 @@ def choose(form: Form, width: int, tokens: int, memory: int) -> tuple[int, Shape
 
 
 def _ring_slots(form: Form, width: int, sets: int, shape: Shape, memory: int) -> int:
-    left = min(shape.memory, memory) * 1024 - fixed_bytes(width, form.groups, sets, shape.tiles) - SHIFT.value
+    left = min(shape.memory, memory) * 1024 - fixed_bytes(width, form.groups, sets, shape.tiles)
     return int(left // (WARPS.value * slot_bytes(*form, sets, shape.tiles)))
 
 

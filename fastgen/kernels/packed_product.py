@@ -49,13 +49,10 @@ from fastgen.kernels.fragments import (
     store_floats,
     swapped_float,
 )
-from fastgen.kernels.packed_units import add_unit, alone, load_unit, record_bytes
+from fastgen.kernels.packed_units import add_unit, alone, load_unit, tail_bytes, tail_stride
 
 BEFORE_WAIT = gl.constexpr(48 << 10)
 """Bytes that a program with one token's x asks for before it waits, about; the rest, behind x, shall not delay that."""
-
-SHIFT = gl.constexpr(16)
-"""By how much the rings of odd warps lie behind, where their units do so in memory, modulo the 32 bytes of a sector."""
 
 UNROLLED = gl.constexpr(2)
 """The most turns in a row; a program that has few tiles runs its code once, at the pace of the instruction cache."""
@@ -68,15 +65,15 @@ def sums_bytes(tiles, sets):
 
 
 @gluon.constexpr_function
-def stride_bytes(planes, groups, zeros):
-    """Return how far apart the records of a slot lie: as in memory, modulo the 32 bytes that are copied at a time."""
-    return (record_bytes(planes, groups, zeros) + 31) // 32 * 32
+def tails_bytes(groups, zeros, tiles):
+    """Return the size of the tails in a slot, in whole lines."""
+    return (tiles * tail_stride(groups, zeros) + 127) // 128 * 128
 
 
 @gluon.constexpr_function
 def slot_bytes(planes, groups, zeros, sets, tiles):
-    """Return the size of a slot of a warp's ring."""
-    return tiles * stride_bytes(planes, groups, zeros) + (digit_bytes(groups, sets) if sets else 0)
+    """Return the size of a slot of a warp's ring, in whole lines: records, tails, and several tokens' x."""
+    return tiles * 1024 * planes + tails_bytes(groups, zeros, tiles) + (digit_bytes(groups, sets) if sets else 0)
 
 
 @gluon.constexpr_function
@@ -89,19 +86,53 @@ def fixed_bytes(width, groups, sets, tiles):
 
 @gluon.jit
 def copies(
-    words, begin, end, UNITS: gl.constexpr, TURNS: gl.constexpr, RECORD: gl.constexpr, STRIDE: gl.constexpr,
+    words, scales, begin, end, UNITS: gl.constexpr, PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr,
     R: gl.constexpr,
 ):  # fmt: skip
-    """Return what a lane copies of a program's tiles, and where to in a slot, with R tiles shared out to 32 lanes.
+    """Return what a lane copies of a program's tiles, with R tiles shared out to 32 lanes.
 
-    That is: where it begins; in how many turns; in how many it has a part of a record's end, 0 or as many.
+    That is: its places in the records and in the tails of the first R tiles of all; which unit of all tiles a warp
+    begins with, and below which one a lane copies of records, and of tails.
     """
     LANES: gl.constexpr = 32 // R
+    TAIL: gl.constexpr = tail_bytes(GROUPS, ZEROS)
     lane, warp = lane_of(WARPS)
-    r, place = lane // LANES, lane % LANES * 16
-    source = words.to(gl.int64) + (begin * UNITS).to(gl.int64) * RECORD + (r * (UNITS * RECORD) + warp * RECORD + place)
-    turns = (end - begin - r + R - 1) // R * TURNS + warp * 0
-    return source, turns, gl.where(place < RECORD % (16 * LANES), turns, 0), r * STRIDE + place
+    r, unit = lane // LANES, begin * UNITS + warp + lane * 0
+    record = words.to(gl.int64) + (r * (UNITS * 1024 * PLANES) + lane % LANES * 16)
+    limit = unit + (end - begin - r + R - 1) // R * (R * UNITS)
+    tail, limit_of_tail = record, limit
+    if TAIL > 0:
+        PARTS: gl.constexpr = tail_stride(GROUPS, ZEROS) // 16
+        r, place = lane // PARTS, lane % PARTS * 16
+        tail = scales.to(gl.int64) + (r * (UNITS * TAIL) + place)
+        limit_of_tail = unit + (end - begin - r + R - 1) // R * (R * UNITS)
+        limit_of_tail = gl.where((r < R) & (place < TAIL), limit_of_tail, 0)
+    return (record, tail), unit, (limit, limit_of_tail)
+
+
+@gluon.jit
+def slot_places(slot, PLANES: gl.constexpr, R: gl.constexpr):
+    """Return where a lane finds its words, scales and zero points of the first tile of R in a slot.
+
+    Records lie as they are copied: 512 bytes hold as much of each tile. Behind them are the tails.
+    """
+    LANES: gl.constexpr = 32 // R
+    lane, _warp = lane_of(WARPS)
+    tail = slot + R * 1024 * PLANES
+    return slot + lane // LANES * 512 + lane % LANES * 16, tail + lane // 4 * 4, tail + lane // 4
+
+
+@gluon.jit
+def copy_units(
+    to, sources, unit, limits, size, PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, R: gl.constexpr
+):  # fmt: skip
+    """Start the copies of a unit of R tiles into a slot; see `copies`."""
+    wide = unit.to(gl.int64)
+    copy(to, sources[0] + wide * (1024 * PLANES), unit, (limits[0], limits[0]), size, 1024 * PLANES, 32 // R)
+    if PLANES == 1:
+        TAIL: gl.constexpr = tail_bytes(GROUPS, ZEROS)
+        tail = sources[1] + wide * TAIL
+        copy(to + R * 1024, tail, unit, (limits[1], limits[1]), size, TAIL, 32 // R)
 
 
 @gluon.jit
@@ -115,12 +146,9 @@ def bytes_of_lane(turn, UNITS: gl.constexpr):
 
 
 @gluon.jit
-def behind(source, turn, record, UNITS: gl.constexpr, TURNS: gl.constexpr, R: gl.constexpr):
-    """Return the place behind what is copied in a turn: of the same tiles, or the first of the next R.
-
-    `record` is RECORD, but unknown to the compiler, which would keep a pointer for every sum of constants.
-    """
-    return source + gl.where(turn == TURNS - 1, (R * UNITS - (TURNS - 1) * WARPS) * record, WARPS * record)
+def behind(unit, turn, UNITS: gl.constexpr, TURNS: gl.constexpr, R: gl.constexpr):
+    """Return the unit behind what is copied in a turn: of the same tiles, or the first of the next R."""
+    return unit + gl.where(turn == TURNS - 1, R * UNITS - (TURNS - 1) * WARPS, WARPS)
 
 
 @gluon.constexpr_function
@@ -131,30 +159,30 @@ def slots_before_wait(stages, slot):
 
 @gluon.jit
 def fill(
-    state, to, lane_turns, record, COUNT: gl.constexpr, COMMIT: gl.constexpr, UNITS: gl.constexpr,
-    TURNS: gl.constexpr, RECORD: gl.constexpr, SLOT: gl.constexpr, R: gl.constexpr,
+    state, to, sources, limits, record, COUNT: gl.constexpr, COMMIT: gl.constexpr, UNITS: gl.constexpr,
+    TURNS: gl.constexpr, PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SLOT: gl.constexpr,
+    R: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of COUNT turns, each a group of its own if COMMIT says so; return the state behind them.
 
-    The state is: what a lane copies next, how many turns it has copied, which turn of a tile is next, and which slot.
+    The state is: which unit a warp copies next, which turn of a tile, and into which slot.
     """
-    source, copied, turn, slot = state
+    unit, turn, slot = state
     for _ in range(unknown(COUNT, record)):
-        copy(to + slot, source, copied, lane_turns, bytes_of_lane(turn, UNITS), RECORD, 32 // R)
+        copy_units(to + slot, sources, unit, limits, bytes_of_lane(turn, UNITS), PLANES, GROUPS, ZEROS, R)
         if COMMIT:
             commit()
-        source = behind(source, turn, record, UNITS, TURNS, R)
-        copied, turn, slot = copied + 1, turn_behind(turn, TURNS), slot + SLOT
-    return source, copied, turn, slot
+        unit, turn, slot = behind(unit, turn, UNITS, TURNS, R), turn_behind(turn, TURNS), slot + SLOT
+    return unit, turn, slot
 
 
 @gluon.jit
-def touched_behind(source, row):
-    """Return words that wait for nothing before the copies that end at `source` have been started.
+def touched_behind(unit, row):
+    """Return words that wait for nothing before the copies that end at `unit` have been started.
 
-    Compilers would have x waited for in front of them. An address has no sign, which they cannot tell.
+    Compilers would have x waited for in front of them. A unit's number has no sign, which they cannot tell.
     """
-    zero, words = (source >> 63).to(gl.uint32), ()
+    zero, words = (unit >> 31).to(gl.uint32), ()
     for i in gl.static_range(len(row)):
         words += ((row[i][0] | zero, row[i][1] | zero, row[i][2] | zero, row[i][3] | zero),)
     return words
@@ -229,7 +257,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
 
     The product is y = weight @ rms_norm(x), without the norm where there is none. SETS is 0 for one token: x
     [128 UNITS] of DTYPE, norm [128 UNITS] or None. It is 1 for up to 8 and 2 for up to 16: x and factors [tokens] are
-    `prepare_kernel`'s. words and scales (of int8): see `packed`. first and second [P] fp32 belong to token[p], and to
+    `prepare_kernel`'s. words and scales: see `packed`. first and second [P] fp32 belong to token[p], and to
     row[p] and row[p] + 8 tiles of n rows; where not here[p], they belong to nothing. `early` is what
     prefetch(row, token, here, n, tiles, extra) has loaded before the sums were made. record: bytes of a record.
     """
@@ -237,37 +265,33 @@ def stream_product(  # noqa: PLR0912, PLR0915
     TURNS: gl.constexpr = (UNITS + WARPS - 1) // WARPS
     COLUMNS: gl.constexpr = max(8 * SETS, 1)
     BF16: gl.constexpr = gl.bfloat16 == DTYPE
-    RECORD: gl.constexpr = record_bytes(PLANES, GROUPS, ZEROS)
-    STRIDE: gl.constexpr = stride_bytes(PLANES, GROUPS, ZEROS)
     BLOCK: gl.constexpr = digit_bytes(GROUPS, SETS)
     SLOT: gl.constexpr = slot_bytes(PLANES, GROUPS, ZEROS, SETS, R)
+    X_AT: gl.constexpr = slot_bytes(PLANES, GROUPS, ZEROS, 0, R)
     SUMS: gl.constexpr = sums_bytes(R, SETS)
     FIXED: gl.constexpr = fixed_bytes(WIDTH, GROUPS, SETS, R)
     EARLY: gl.constexpr = slots_before_wait(STAGES, SLOT) if SETS == 0 else STAGES - 1
     PAIRS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane, warp = lane_of(WARPS)
-    memory, address = shared_memory((FIXED + WARPS * STAGES * SLOT + SHIFT + 1023) // 1024 * 1024, WARPS)
+    memory, address = shared_memory((FIXED + WARPS * STAGES * SLOT + 1023) // 1024 * 1024, WARPS)
     exchange_at, x_at = address + 2 * WARPS * SUMS, address + 2 * WARPS * SUMS + 64
     ring = address + FIXED + warp * (STAGES * SLOT) + lane * 0
-    if SETS == 0 and RECORD % 32 == 16 and UNITS % 2 == 0:
-        ring += warp % 2 * SHIFT  # copies between places that are unlike modulo a sector take longer
     begin = gl.program_id(0) * tiles // gl.num_programs(0)
     end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
 
     gains = None
     if norm is not None:
         gains = load_row(norm, UNITS)  # first of all: behind the ring's copies they would wait for all of these
-    # What a lane copies next is of the `turn` of a tile, at `source`, and goes to `next_slot`.
-    source, turns, turns_of_last, to = copies(words, begin, end, UNITS, TURNS, RECORD, STRIDE, R)
-    lane_turns, to = (turns, turns_of_last), to + ring
-    state = source, 0, 0, 0
-    state = fill(state, to, lane_turns, record, EARLY, SETS == 0, UNITS, TURNS, RECORD, SLOT, R)
+    sources, unit, limits = copies(words, scales, begin, end, UNITS, PLANES, GROUPS, ZEROS, R)
+    state, to = (unit, 0, 0), ring + lane * 16
+    state = fill(state, to, sources, limits, record, EARLY, SETS == 0, UNITS, TURNS, PLANES, GROUPS, ZEROS, SLOT, R)
     if PDL:
         statement("griddepcontrol.wait;")
         statement("griddepcontrol.launch_dependents;")
     if SETS == 0:
         row = load_row(x, UNITS)
-        state = fill(state, to, lane_turns, record, STAGES - 1 - EARLY, True, UNITS, TURNS, RECORD, SLOT, R)
+        REST: gl.constexpr = STAGES - 1 - EARLY
+        state = fill(state, to, sources, limits, record, REST, True, UNITS, TURNS, PLANES, GROUPS, ZEROS, SLOT, R)
         row = touched_behind(state[0], row)
         values, peak, squares = scaled_row(row, gains, BF16)
         power, factor = power_of(peak, exchange_at)
@@ -278,26 +302,25 @@ def stream_product(  # noqa: PLR0912, PLR0915
         if norm is not None:
             factor *= rms_scale(exchange_at + 32, eps, WIDTH)
     else:
-        x_source, x_to = x.to(gl.int64) + warp * BLOCK + lane * 16, ring + R * STRIDE + lane * 16
-        all_turns = (end - begin + R - 1) // R * TURNS + lane * 0 + warp * 0
-        x_turns = all_turns, gl.where(lane * 16 < BLOCK % 512, all_turns, 0)
-        turn = 0
+        x_source = x.to(gl.int64) + warp * BLOCK + lane * 16
+        limit = unit + (end - begin + R - 1) // R * (R * UNITS)
+        x_limits, turn = (limit, gl.where(lane * 16 < BLOCK % 512, limit, 0)), 0
         for ahead in range(unknown(STAGES - 1, record)):
-            size = bytes_of_lane(turn, UNITS)
-            copy(x_to + ahead * SLOT, x_source + turn * (WARPS * BLOCK), ahead, x_turns, size, BLOCK, 32)
+            x_to, size = to + (ahead * SLOT + X_AT), bytes_of_lane(turn, UNITS)
+            copy(x_to, x_source + turn * (WARPS * BLOCK), unit, x_limits, size, BLOCK, 32)
             commit()
-            turn = turn_behind(turn, TURNS)
+            unit, turn = behind(unit, turn, UNITS, TURNS, R), turn_behind(turn, TURNS)
 
-    words_at, scales_at, zeros_at = ring + lane * 16, ring + lane // 4 * 4, ring + lane // 4
+    words_at, scales_at, zeros_at = slot_places(ring, PLANES, R)
     if SETS == 0:
         digits_at, sums_at = token_places(x_at + warp * BLOCK)
     else:
-        digits_at, sums_at = ring + lane * 16, ring + lane % 4 * 8
+        digits_at, sums_at = to, ring + lane % 4 * 8
     p = gl.arange(0, R * COLUMNS * 8, PAIRS)
     tile_of, token = p // (8 * COLUMNS), p // 8 % COLUMNS
     zero = gl.zeros([WARPS, 32], gl.int32, lanes(WARPS))
     none = zero if PLANES == 2 else zero.to(gl.float32)
-    source, copied, next_turn, next_slot = state
+    next_unit, next_turn, next_slot = state
     slot, buffer = 0, address
     for tile in range(begin, end, R):
         row_of = (tile + tile_of) * 8 + p % 8
@@ -317,17 +340,17 @@ def stream_product(  # noqa: PLR0912, PLR0915
                 units, new = (), ()
                 for r in gl.static_range(R):
                     places = words_at + slot, scales_at + slot, zeros_at + slot
-                    units += (load_unit(places, r * STRIDE, PLANES, GROUPS, ZEROS),)
+                    units += (load_unit(places, r, R, PLANES, GROUPS, ZEROS),)
                 size = bytes_of_lane(next_turn, UNITS)
-                copy(to + next_slot, source, copied, lane_turns, size, RECORD, 32 // R)
+                copy_units(to + next_slot, sources, next_unit, limits, size, PLANES, GROUPS, ZEROS, R)
                 if SETS > 0:
                     next_x = x_source + next_turn * (WARPS * BLOCK)
-                    copy(x_to + next_slot, next_x, copied, x_turns, size, BLOCK, 32)
+                    copy(to + (next_slot + X_AT), next_x, next_unit, x_limits, size, BLOCK, 32)
                 commit()
                 if SETS > 0:
-                    xs, sums = load_tokens(digits_at + slot, sums_at + slot, R * STRIDE, GROUPS, SETS)
-                source = behind(source, next_turn, record, UNITS, TURNS, R)
-                copied, next_turn = copied + 1, turn_behind(next_turn, TURNS)
+                    xs, sums = load_tokens(digits_at + slot, sums_at + slot, X_AT, GROUPS, SETS)
+                next_unit = behind(next_unit, next_turn, UNITS, TURNS, R)
+                next_turn = turn_behind(next_turn, TURNS)
                 next_slot = slot
                 slot = gl.where(slot == (STAGES - 1) * SLOT, 0, slot + SLOT)
                 for r in gl.static_range(R):

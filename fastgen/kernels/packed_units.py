@@ -17,25 +17,34 @@ OFFSET = gl.constexpr(12582912.0)
 
 
 @gluon.constexpr_function
-def record_bytes(planes, groups, zeros):
-    """Return the size of a unit of a tile: words, scales, zero points."""
-    return 1024 * planes + groups * 32 + (groups * 8 + 8) // 16 * 16 * zeros
+def tail_bytes(groups, zeros):
+    """Return the size of a unit's scales and zero points, 0 for int8."""
+    return groups * 32 + (groups * 8 + 8) // 16 * 16 * zeros
+
+
+@gluon.constexpr_function
+def tail_stride(groups, zeros):
+    """Return how far apart the tails of a slot lie; in lines, those that fill at most one begin in one each."""
+    return (tail_bytes(groups, zeros) + 63) // 64 * 64
 
 
 @gluon.jit
-def load_unit(places, AT: gl.constexpr, PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr):
-    """Return what a lane needs of a record: its words, and each group's pair of scales and byte of zero points.
+def load_unit(
+    places, TILE: gl.constexpr, R: gl.constexpr, PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr
+):  # fmt: skip
+    """Return what a lane needs of a tile's unit: its words, and each group's pair of scales and byte of zero points.
 
-    AT bytes before the record lie, for a lane that has row g of the tile's halves, the places less 16 lanes, 4 g and g.
+    places: where the lane finds them for the first of the slot's R tiles, see `packed_product.slot_places`.
     """
+    TAIL: gl.constexpr = TILE * tail_stride(GROUPS, ZEROS)
     words_at, scales_at, zeros_at = places
     words, scales, zeros = (), (), ()
     for part in gl.static_range(2 * PLANES):
-        words += load_four(words_at, AT + 512 * part)
+        words += load_four(words_at, 512 // R * TILE + 512 * R * part)
     for i in gl.static_range(GROUPS):
-        scales += (load_word(scales_at, AT + 1024 + 32 * i, "b32"),)
+        scales += (load_word(scales_at, TAIL + 32 * i, "b32"),)
         if ZEROS:
-            zeros += (load_word(zeros_at, AT + 1024 + 32 * GROUPS + 8 * i, "u8").to(gl.int32),)
+            zeros += (load_word(zeros_at, TAIL + 32 * GROUPS + 8 * i, "u8").to(gl.int32),)
     return words, scales, zeros
 
 

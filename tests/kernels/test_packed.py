@@ -39,19 +39,18 @@ def check_golden_bytes() -> None:
     scale = torch.arange(1, 17, device=DEVICE, dtype=torch.float16)[:, None]
     zero_point = torch.arange(-8, 8, device=DEVICE, dtype=torch.int8)[:, None]
     linear = pack_int4(int4.pack(q), scale, zero_point, None)
-    record = linear.words[0, 0].cpu()
-    assert linear.scales is None and linear.words.shape == (1, 1, 256 + 8 + 4)
-    words = record[:256].view(2, 32, 4)
+    assert linear.words.shape == (1, 1, 256) and linear.scales.shape == (1, 1, 8 + 4)
+    words, tail = linear.words[0, 0].cpu().view(2, 32, 4), linear.scales[0, 0].cpu()
     # Lane 0: columns 0 to 3, row 0 in the low four bits of a byte, row 8 in the high four.
     assert words[0, 0, 0].item() & 0xFFFFFFFF == 0xB3A29180
     # Lane 6 is g = 1, t = 2, word 3 of part 1: columns 64 + 32 + 16 + 4 .. + 7 of rows 1 and 9.
     assert words[1, 6, 3].item() & 0xFFFFFFFF == 0x08F7E6D5
-    scales = record[256:264].view(torch.float16).tolist()
+    scales = tail[:8].view(torch.float16).tolist()
     assert scales[:4] == [1.0, 9.0, 2.0, 10.0] and scales[-1] == 16.0
-    assert record[264:].view(torch.uint8).tolist() == [0x80, 0x91, 0xA2, 0xB3, 0xC4, 0xD5, 0xE6, 0xF7] + [0] * 8
+    assert tail[8:].view(torch.uint8).tolist() == [0x80, 0x91, 0xA2, 0xB3, 0xC4, 0xD5, 0xE6, 0xF7] + [0] * 8
     linear = pack_int8(q * 16 + 5, scale, None)
     # Row 8 of the tile, part 1, lane 1, word 2: columns 64 + 32 + 8 .. + 3 of the second half.
-    assert linear.words.shape == (1, 1, 512) and linear.scales is not None
+    assert linear.words.shape == (1, 1, 512)
     word = linear.words[0, 0].cpu().view(2, 2, 32, 4)[1, 1, 1, 2].item()
     assert [word >> 8 * i & 255 for i in range(4)] == [((8 + 104 + i) % 16 - 8) * 16 + 5 & 255 for i in range(4)]
     assert linear.scales.cpu().view(torch.float16).flatten().tolist()[:4] == [1.0, 9.0, 2.0, 10.0]
@@ -65,11 +64,11 @@ def check_round_trip(out: int, width: int, group: int) -> None:
     assert torch.equal(weights_of(linear), exact.half()), "int8"
 
 
-def test_every_form_has_a_record_size_of_its_own() -> None:
+def test_every_form_has_sizes_of_its_own() -> None:
     forms = [Form(1, groups, zeros) for groups in (1, 2, 4) for zeros in (False, True)]
-    sizes = [256 + 8 * form.groups + (max(4, 2 * form.groups) if form.zeros else 0) for form in forms]
-    assert [form_of(torch.empty(1, 1, size)) for size in sizes] == forms
-    assert form_of(torch.empty(1, 1, 512)) == Form(2, 0, False)
+    sizes = [8 * form.groups + (max(4, 2 * form.groups) if form.zeros else 0) for form in forms]
+    assert [form_of(torch.empty(1, 1, 256), torch.empty(1, 1, size)) for size in sizes] == forms
+    assert form_of(torch.empty(1, 1, 512), torch.empty(1, 8)) == Form(2, 0, False)
 
 
 @in_interpreter

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fastgen.kernels import fixed_point, fused, launch, packed_linear, packed_product, packed_units, reference
+from fastgen.kernels import fixed_point, fused, launch, packed_linear, packed_product, reference
 from fastgen.kernels.packed import Form, PackedLinear, form_of, pack_int4, pack_int8, unpack
 from quantize import int4, int8
 from tests.kernels import support
@@ -45,18 +45,17 @@ def in_fp64(packed: PackedLinear) -> nn.Module:
 def unpack_exactly(packed: PackedLinear) -> Tensor:
     """Weights in fp64: integers are unpacked with scales of one, then multiplied."""
     size = (packed.out_features, packed.in_features)
-    if packed.scales is not None:
-        ones = torch.ones_like(packed.scales.view(packed.dtype)).view(torch.int32)
-        integers = unpack(packed.words, ones, *size, packed.dtype).double()
-        rows = packed.scales.view(packed.dtype).view(-1, 8, 2).permute(2, 0, 1).reshape(-1)[: size[0]]
+    groups = form_of(packed.words, packed.scales).groups
+    scales = packed.scales.view(packed.dtype).clone()
+    tail = packed.scales.clone()
+    tail.view(packed.dtype)[..., : 16 * max(1, groups)] = 1
+    integers = unpack(packed.words, tail, *size, packed.dtype).double()
+    if not groups:
+        rows = scales.view(-1, 8, 2).permute(2, 0, 1).reshape(-1)[: size[0]]
         return integers * rows.double()[:, None]
-    groups = form_of(packed.words).groups
-    scales = packed.words[:, :, 256 : 256 + 8 * groups].contiguous().view(packed.dtype)
-    words = packed.words.clone()
-    words[:, :, 256 : 256 + 8 * groups] = torch.ones_like(scales).view(torch.int32)
-    integers = unpack(words, None, *size, packed.dtype).double()
     tiles, units = packed.words.shape[:2]
-    rows = scales.view(tiles, units, groups, 8, 2).permute(4, 0, 3, 1, 2).reshape(16 * tiles, units * groups)
+    scales = scales[..., : 16 * groups].reshape(tiles, units, groups, 8, 2)
+    rows = scales.permute(4, 0, 3, 1, 2).reshape(16 * tiles, units * groups)
     return integers * rows.double().repeat_interleave(128 // groups, dim=1)[: size[0], : size[1]]
 
 
@@ -221,14 +220,13 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
         "R": shape.tiles, "STAGES": slots, "DTYPE": gl.bfloat16, "PDL": pdl, "bias": None,
     }  # fmt: skip
     constants |= {"factors": None} if sets == 0 else {"norm": None}
-    constants |= {"scales": None} if form.planes == 1 else {}
     compiled = compile_ahead(getattr(packed_linear, f"packed_{name}_kernel"), capability, constants)
     ptx, copied = compiled.asm["ptx"], "cp.async.cg.shared.global"
     assert compiled.asm["cubin"], "ptxas gives a binary"
     slot = packed_product.slot_bytes(*form, sets, shape.tiles)
     memory = packed_product.fixed_bytes(4096, form.groups, sets, shape.tiles) + fixed_point.WARPS.value * slots * slot
     assert compiled.metadata.shared == triton.cdiv(memory, 1024) * 1024, "nothing else lies in shared memory"
-    copies = triton.cdiv(packed_units.record_bytes(*form), 512 // shape.tiles)
+    copies = 2 * form.planes * shape.tiles + (1 if form.groups else 0)
     copies += triton.cdiv(fixed_point.digit_bytes(form.groups, sets), 512) if sets else 0
     assert ptx.count(copied) >= 2 * copies, "slots are filled ahead, in a loop, and one in each turn"
     products = ptx[ptx.index("mma.sync") : ptx.rindex("mma.sync")]
