@@ -136,19 +136,23 @@ def copy_units(
 
 
 @gluon.jit
-def bytes_of_lane(turn, UNITS: gl.constexpr):
-    """Return how much a lane copies at a time, 0 where the warp's unit does not exist."""
+def bytes_of_lane(turn, last, UNITS: gl.constexpr):
+    """Return how much a lane copies at a time in a turn, 0 where the warp's unit does not exist, in the last of a tile.
+
+    One comparison decides, which ptxas takes for the copies' own predicate.
+    """
     lane, warp = lane_of(WARPS)
     if UNITS % WARPS == 0:
         return lane * 0 + warp * 0 + 16
     else:
-        return gl.where(turn < (UNITS + WARPS - 1 - warp) // WARPS, 16, 0) + lane * 0
+        missing = (UNITS + WARPS - 1) // WARPS - (UNITS + WARPS - 1 - warp) // WARPS
+        return gl.where((turn ^ last) < missing, 0, 16) + lane * 0
 
 
 @gluon.jit
-def behind(unit, turn, UNITS: gl.constexpr, TURNS: gl.constexpr, R: gl.constexpr):
-    """Return the unit behind what is copied in a turn: of the same tiles, or the first of the next R."""
-    return unit + gl.where(turn == TURNS - 1, R * UNITS - (TURNS - 1) * WARPS, WARPS)
+def behind(unit, last, UNITS: gl.constexpr, TURNS: gl.constexpr, R: gl.constexpr):
+    """Return the unit behind what is copied in a turn: of the same tiles, or behind the last turn of the next R."""
+    return unit + gl.where(last, R * UNITS - (TURNS - 1) * WARPS, WARPS)
 
 
 @gluon.constexpr_function
@@ -169,10 +173,11 @@ def fill(
     """
     unit, turn, slot = state
     for _ in range(unknown(COUNT, record)):
-        copy_units(to + slot, sources, unit, limits, bytes_of_lane(turn, UNITS), PLANES, GROUPS, ZEROS, R)
+        size, last = bytes_of_lane(turn, TURNS - 1, UNITS), turn == TURNS - 1
+        copy_units(to + slot, sources, unit, limits, size, PLANES, GROUPS, ZEROS, R)
         if COMMIT:
             commit()
-        unit, turn, slot = behind(unit, turn, UNITS, TURNS, R), turn_behind(turn, TURNS), slot + SLOT
+        unit, turn, slot = behind(unit, last, UNITS, TURNS, R), gl.where(last, 0, turn + 1), slot + SLOT
     return unit, turn, slot
 
 
@@ -186,12 +191,6 @@ def touched_behind(unit, row):
     for i in gl.static_range(len(row)):
         words += ((row[i][0] | zero, row[i][1] | zero, row[i][2] | zero, row[i][3] | zero),)
     return words
-
-
-@gluon.jit
-def turn_behind(turn, TURNS: gl.constexpr):
-    """Return the turn of a tile that follows one, 0 behind the last."""
-    return gl.where(turn == TURNS - 1, 0, turn + 1)
 
 
 @gluon.jit
@@ -306,10 +305,11 @@ def stream_product(  # noqa: PLR0912, PLR0915
         limit = unit + (end - begin + R - 1) // R * (R * UNITS)
         x_limits, turn = (limit, gl.where(lane * 16 < BLOCK % 512, limit, 0)), 0
         for ahead in range(unknown(STAGES - 1, record)):
-            x_to, size = to + (ahead * SLOT + X_AT), bytes_of_lane(turn, UNITS)
-            copy(x_to, x_source + turn * (WARPS * BLOCK), unit, x_limits, size, BLOCK, 32)
+            x_to, last = to + (ahead * SLOT + X_AT), turn == TURNS - 1
+            copy(x_to, x_source, unit, x_limits, bytes_of_lane(turn, TURNS - 1, UNITS), BLOCK, 32)
             commit()
-            unit, turn = behind(unit, turn, UNITS, TURNS, R), turn_behind(turn, TURNS)
+            unit, turn = behind(unit, last, UNITS, TURNS, R), gl.where(last, 0, turn + 1)
+            x_source += gl.where(last, (1 - TURNS) * (WARPS * BLOCK), WARPS * BLOCK)
 
     words_at, scales_at, zeros_at = slot_places(ring, PLANES, R)
     if SETS == 0:
@@ -320,7 +320,10 @@ def stream_product(  # noqa: PLR0912, PLR0915
     tile_of, token = p // (8 * COLUMNS), p // 8 % COLUMNS
     zero = gl.zeros([WARPS, 32], gl.int32, lanes(WARPS))
     none = zero if PLANES == 2 else zero.to(gl.float32)
-    next_unit, next_turn, next_slot = state
+    next_unit, _, next_slot = state
+    last_turn = (TURNS - STAGES) % TURNS  # its copies, STAGES - 1 turns ahead, are a tile's last
+    if SETS > 0:
+        last_turn = unknown(last_turn, record)
     slot, buffer = 0, address
     for tile in range(begin, end, R):
         row_of = (tile + tile_of) * 8 + p % 8
@@ -341,16 +344,15 @@ def stream_product(  # noqa: PLR0912, PLR0915
                 for r in gl.static_range(R):
                     places = words_at + slot, scales_at + slot, zeros_at + slot
                     units += (load_unit(places, r, R, PLANES, GROUPS, ZEROS),)
-                size = bytes_of_lane(next_turn, UNITS)
+                size, last = bytes_of_lane(turn, last_turn, UNITS), turn == last_turn
                 copy_units(to + next_slot, sources, next_unit, limits, size, PLANES, GROUPS, ZEROS, R)
                 if SETS > 0:
-                    next_x = x_source + next_turn * (WARPS * BLOCK)
-                    copy(to + (next_slot + X_AT), next_x, next_unit, x_limits, size, BLOCK, 32)
+                    copy(to + (next_slot + X_AT), x_source, next_unit, x_limits, size, BLOCK, 32)
+                    x_source += gl.where(last, (1 - TURNS) * (WARPS * BLOCK), WARPS * BLOCK)
                 commit()
                 if SETS > 0:
                     xs, sums = load_tokens(digits_at + slot, sums_at + slot, X_AT, GROUPS, SETS)
-                next_unit = behind(next_unit, next_turn, UNITS, TURNS, R)
-                next_turn = turn_behind(next_turn, TURNS)
+                next_unit = behind(next_unit, last, UNITS, TURNS, R)
                 next_slot = slot
                 slot = gl.where(slot == (STAGES - 1) * SLOT, 0, slot + SLOT)
                 for r in gl.static_range(R):

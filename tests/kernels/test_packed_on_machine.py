@@ -1,7 +1,9 @@
 """int4 and int8 weights in the kernels that pack and stream them, on `machine`: against fp64, the same bits."""
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from fastgen.kernels import packed, packed_linear
 from fastgen.kernels.packed import PackedLinear, pack_int4, pack_int8
 from quantize import int4, int8
 from tests.kernels import support
-from tests.kernels.machine import OnMachine
+from tests.kernels.machine import OnMachine, Threads
 from tests.kernels.support import compiled_ahead
 
 AHEAD = {
@@ -71,3 +73,26 @@ def test_on_the_machine_the_packed_greedy_head_takes_the_largest_logit() -> None
     arguments = (packed_weight.words, packed_weight.scales, packed_weight.bias, 80)
     token = packed_linear.packed_greedy_head(x, norm.weight, 1e-5, *arguments)
     assert torch.equal(token, (logits + packed_weight.bias.double()).argmax(-1))
+
+
+@compiled_ahead
+@pytest.mark.usefixtures("packed_on_machine")
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("form", ["int8", "g128 zeros"])
+def test_on_the_machine_a_line_of_memory_is_copied_into_a_line_of_shared_memory(
+    form: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, lines = Threads._copy, list[int]()
+
+    def observed(self: Threads, to: Any, source: Any, size: int, rest: Any, mask: Any) -> None:
+        warps, pairs = np.nonzero(mask)[0] // 32, (self._read(source, "u64") // 128, self._read(to, "u32") // 128)
+        sources, targets = (lanes[mask].astype(np.int64) for lanes in pairs)
+        met = set(zip(warps.tolist(), sources.tolist(), targets.tolist(), strict=True))
+        lines.append(len(met) - len({(warp, source) for warp, source, _ in met}))
+        copy(self, to, source, size, rest, mask)
+
+    packed_weight, _ = linear(80, 640, form)
+    monkeypatch.setattr(Threads, "_copy", observed)
+    arguments = (packed_weight.words, packed_weight.scales, packed_weight.bias, None, 80, False)
+    packed_linear.packed_linear(torch.randn(1, tokens, 640).bfloat16(), None, 1e-5, *arguments)
+    assert lines and not any(lines)
