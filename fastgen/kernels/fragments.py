@@ -42,27 +42,30 @@ def lanes(warps):
 
 
 @gluon.constexpr_function
-def copy_text(size, lanes):
+def copy_text(size, lanes, ahead):
     """Return PTX that copies `size` bytes from $2 to $1, 16 a lane and 16 `lanes` at a time; the last by fewer lanes.
 
-    All but the last happen where $3 < $4, the last where $3 < $5.
+    The first are at $2 - ahead. All but the last happen where $3 < $4, the last where $3 < $5.
     """
     step = 16 * lanes
     copy = "@{0} cp.async.cg.shared.global [$1 + {1}], [$2 + {2}], 16, $6;"
     lines = ["setp.lt.s32 p, $3, $4; setp.lt.s32 q, $3, $5;"]
-    lines += [copy.format("p" if at + step <= size else "q", 32 * at // lanes, at) for at in range(0, size, step)]
+    lines += [
+        copy.format("p" if at + step <= size else "q", 32 * at // lanes, at - ahead) for at in range(0, size, step)
+    ]
     return "{ .reg .pred p, q; " + " ".join(lines) + " mov.b32 $0, 0; }"
 
 
 @gluon.jit
-def copy(target, source, unit, limits, bytes_a_lane, SIZE: gl.constexpr, LANES: gl.constexpr):
+def copy(target, source, unit, limits, bytes_a_lane, SIZE: gl.constexpr, LANES: gl.constexpr, AHEAD: gl.constexpr = 0):
     """Start a copy of SIZE bytes by LANES lanes from global to shared memory, if `unit` is below limits[0].
 
     source and target are a lane's own; the lanes that have a part of the last SIZE % (16 LANES) bytes copy that below
     limits[1]. What 32 lanes copy at a time fills 512 bytes. bytes_a_lane is 16, or 0 to fill with zeros.
+    source is AHEAD bytes too far: ptxas computes an address anew for each copy 2 KiB or more away from it.
     """
     gl.inline_asm_elementwise(
-        copy_text(SIZE, LANES), "=r,r,l,r,r,r,r", [target, source, unit, limits[0], limits[1], bytes_a_lane],
+        copy_text(SIZE, LANES, AHEAD), "=r,r,l,r,r,r,r", [target, source, unit, limits[0], limits[1], bytes_a_lane],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 

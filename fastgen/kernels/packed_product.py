@@ -311,12 +311,13 @@ def stream_product(  # noqa: PLR0912, PLR0915
         if norm is not None:
             factor *= rms_scale(exchange_at + 32, eps, WIDTH)
     else:
-        x_source = x.to(gl.int64) + warp * BLOCK + lane * 16
+        MIDDLE: gl.constexpr = BLOCK // 1024 * 512
+        x_source = x.to(gl.int64) + warp * BLOCK + (lane * 16 + MIDDLE)
         limit = unit + (end - begin + R - 1) // R * (R * UNITS)
         x_limits, turn = (limit, gl.where(lane * 16 < BLOCK % 512, limit, 0)), 0
         for ahead in range(unknown(STAGES - 1, record)):
             x_to, last = to + (ahead * SLOT + X_AT), turn == TURNS - 1
-            copy(x_to, x_source, unit, x_limits, bytes_of_lane(turn, TURNS - 1, UNITS), BLOCK, 32)
+            copy(x_to, x_source, unit, x_limits, bytes_of_lane(turn, TURNS - 1, UNITS), BLOCK, 32, MIDDLE)
             commit()
             unit, turn = behind(unit, last, UNITS, TURNS, R), gl.where(last, 0, turn + 1)
             x_source += gl.where(last, (1 - TURNS) * (WARPS * BLOCK), WARPS * BLOCK)
@@ -357,7 +358,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
                 size, last = bytes_of_lane(turn, last_turn, UNITS), turn == last_turn
                 copy_units(to + next_slot, sources, next_unit, limits, size, PLANES, GROUPS, ZEROS, R)
                 if SETS > 0:
-                    copy(to + (next_slot + X_AT), x_source, next_unit, x_limits, size, BLOCK, 32)
+                    copy(to + (next_slot + X_AT), x_source, next_unit, x_limits, size, BLOCK, 32, MIDDLE)
                     x_source += gl.where(last, (1 - TURNS) * (WARPS * BLOCK), WARPS * BLOCK)
                 commit()
                 if SETS > 0:
