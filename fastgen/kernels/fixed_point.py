@@ -25,12 +25,14 @@ from fastgen.kernels.fragments import (
     load_word,
     reduced,
     shared_memory,
+    signed_half,
     statement,
     store_float,
     store_word,
     swapped,
     swapped_float,
 )
+from fastgen.kernels.ring import write_four
 
 WARPS = gl.constexpr(8)
 """Warps that share a row; they are the order of every sum along K."""
@@ -154,7 +156,7 @@ def sum_of_group(total, GROUPS: gl.constexpr):
         lane, warp = lane_of(WARPS)
         half = lane // 16 + warp * 0
         both = reduced(total << half * 16, "add.s32")
-        return (both + (half << 15)) << (16 - half * 16) >> 16
+        return signed_half(both + (half << 15), 0x9910 + half * (0xBB32 - 0x9910))
     else:
         for i in gl.static_range(3 if GROUPS == 2 else 2):
             total += swapped(total, 1 << i)
@@ -223,8 +225,8 @@ def stage_token(values, power, address, GROUPS: gl.constexpr):
         for d in gl.static_range(3):
             store_word(at, first[d].to(gl.int32, bitcast=True), d * 64)
             store_word(at, second[d].to(gl.int32, bitcast=True), 192 + d * 64)
-            if GROUPS > 0:
-                store_word(block + place * GROUPS // 16 * 16, sums[d], 384 + 4 * d)
+        if GROUPS > 0:
+            write_four(block + 384 + place * GROUPS // 16 * 16, sums + (gl.zeros_like(sums[0]),))
 
 
 @gluon.jit

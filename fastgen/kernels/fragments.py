@@ -22,17 +22,17 @@ MMA_K16 = gl.constexpr(
     "mma.sync.aligned.m16n8k16.row.col.s32.{}.s8.s32 {{$0, $1, $2, $3}}, {{$4, $5}}, {{$6}}, {{$7, $8, $9, $10}};"
 )
 
-# Four fp32 times a power of two, rounded to integers n; n + 0x808080 has the digits + 128 in its bytes.
+# Four fp32 times a power of two, rounded to integers n; n + 0x8080 has the digits + 128 in its low bytes, but the last.
 DIGITS = gl.constexpr("""{ .reg .f32 f; .reg .b32 a, b, c, d, p, q;
-    fma.rn.f32 f, $3, $7, 0f4B400000; mov.b32 a, f; add.s32 a, a, 0x408080;
-    fma.rn.f32 f, $4, $7, 0f4B400000; mov.b32 b, f; add.s32 b, b, 0x408080;
-    fma.rn.f32 f, $5, $7, 0f4B400000; mov.b32 c, f; add.s32 c, c, 0x408080;
-    fma.rn.f32 f, $6, $7, 0f4B400000; mov.b32 d, f; add.s32 d, d, 0x408080;
+    fma.rn.f32 f, $3, $7, 0f4B400000; mov.b32 a, f; add.s32 a, a, 0xc08080;
+    fma.rn.f32 f, $4, $7, 0f4B400000; mov.b32 b, f; add.s32 b, b, 0xc08080;
+    fma.rn.f32 f, $5, $7, 0f4B400000; mov.b32 c, f; add.s32 c, c, 0xc08080;
+    fma.rn.f32 f, $6, $7, 0f4B400000; mov.b32 d, f; add.s32 d, d, 0xc08080;
     prmt.b32 p, a, b, 0x5140; prmt.b32 q, c, d, 0x5140;
     prmt.b32 $0, p, q, 0x5410; xor.b32 $0, $0, 0x80808080;
     prmt.b32 $1, p, q, 0x7632; xor.b32 $1, $1, 0x80808080;
     prmt.b32 p, a, b, 0x6262; prmt.b32 q, c, d, 0x6262;
-    prmt.b32 $2, p, q, 0x5410; xor.b32 $2, $2, 0x80808080; }""")
+    prmt.b32 $2, p, q, 0x5410; }""")
 
 
 @gluon.constexpr_function
@@ -228,6 +228,14 @@ def less_bytes(word, total):
     """Return total minus the four signed bytes of a word."""
     return gl.inline_asm_elementwise(
         "dp4a.s32.s32 $0, $1, 0xffffffff, $2;", "=r,r,r", [word, total], dtype=gl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def signed_half(word, bytes_):
+    """Return a signed half of a word, the low one if bytes_ is 0x9910, the high one if it is 0xBB32."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [word, bytes_], dtype=gl.int32, is_pure=True, pack=1
     )  # fmt: skip
 
 
