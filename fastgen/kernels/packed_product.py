@@ -103,32 +103,22 @@ def copies(
     tail, limit_of_tail = record, limit
     if TAIL > 0:
         PARTS: gl.constexpr = tail_stride(GROUPS, ZEROS) // 16
-        r, place = lane // PARTS, lane % PARTS * 16 - tail_shift(UNITS, GROUPS, ZEROS)
+        r, place = lane // PARTS, lane % PARTS * 16
         tail = scales.to(gl.int64) + (r * (UNITS * TAIL) + place)
         limit_of_tail = unit + (end - begin - r + R - 1) // R * (R * UNITS)
-        limit_of_tail = gl.where((r < R) & (place >= 0) & (place < TAIL), limit_of_tail, 0)
+        limit_of_tail = gl.where((r < R) & (place < TAIL), limit_of_tail, 0)
     return (record, tail), unit, (limit, limit_of_tail)
 
 
 @gluon.jit
-def tail_shift(UNITS: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr):
-    """Return how far a warp's tails lie behind their places in a slot: where memory has them in 32-byte sectors."""
-    _lane, warp = lane_of(WARPS)
-    ODD: gl.constexpr = 16 if tail_bytes(GROUPS, ZEROS) % 32 == 16 and UNITS % 2 == 0 else 0
-    return warp % 2 * ODD
-
-
-@gluon.jit
-def slot_places(
-    slot, UNITS: gl.constexpr, PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, R: gl.constexpr
-):  # fmt: skip
+def slot_places(slot, PLANES: gl.constexpr, R: gl.constexpr):
     """Return where a lane finds its words, scales and zero points of the first tile of R in a slot.
 
     Records lie as they are copied: 512 bytes hold as much of each tile. Behind them are the tails.
     """
     LANES: gl.constexpr = 32 // R
     lane, _warp = lane_of(WARPS)
-    tail = slot + tail_shift(UNITS, GROUPS, ZEROS) + R * 1024 * PLANES
+    tail = slot + R * 1024 * PLANES
     return slot + lane // LANES * 512 + lane % LANES * 16, tail + lane // 4 * 4, tail + lane // 4
 
 
@@ -322,7 +312,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
             unit, turn = behind(unit, last, UNITS, TURNS, R), gl.where(last, 0, turn + 1)
             x_source += gl.where(last, (1 - TURNS) * (WARPS * BLOCK), WARPS * BLOCK)
 
-    words_at, scales_at, zeros_at = slot_places(ring, UNITS, PLANES, GROUPS, ZEROS, R)
+    words_at, scales_at, zeros_at = slot_places(ring, PLANES, R)
     if SETS == 0:
         digits_at, sums_at = token_places(x_at + warp * BLOCK)
     else:
