@@ -226,7 +226,8 @@ def stage_token(values, power, address, GROUPS: gl.constexpr):
             store_word(at, first[d].to(gl.int32, bitcast=True), d * 64)
             store_word(at, second[d].to(gl.int32, bitcast=True), 192 + d * 64)
         if GROUPS > 0:
-            write_four(block + 384 + place * GROUPS // 16 * 16, sums + (gl.zeros_like(sums[0]),))
+            sums += (gl.zeros_like(sums[0]),)
+            write_four(block + 384 + place * GROUPS // 16 * 16, sums)
 
 
 @gluon.jit

@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    4: (Shape(2, 160, 1, 128), Shape(2, 200, 1, 128), Shape(2, 190, 1, 184)),
+    4: (Shape(2, 160, 1, 128), Shape(2, 200, 1, 128), Shape(2, 190, 1, 168)),
     8: (Shape(2, 200, 1, 128), Shape(2, 190, 1, 128), Shape(2, 220, 1, 168)),
 }
 """By bits, for one token, for up to 8 and up to 16; from sweeps on an H200."""

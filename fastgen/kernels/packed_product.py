@@ -51,7 +51,7 @@ from fastgen.kernels.fragments import (
 )
 from fastgen.kernels.packed_units import add_unit, alone, load_unit, tail_bytes, tail_stride
 
-BEFORE_WAIT = gl.constexpr(48 << 10)
+BEFORE_WAIT = gl.constexpr(32 << 10)
 """Bytes that a program with one token's x asks for before it waits, about; the rest, behind x, shall not delay that."""
 
 UNROLLED = gl.constexpr(2)
