@@ -3,6 +3,7 @@
 import argparse
 import importlib.machinery
 import importlib.util
+import json
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ time.sleep(SECONDS)
 """
 
 SLEEPER = """
-import os, pathlib, time
+import os, pathlib, sys, time
+pathlib.Path(sys.argv[sys.argv.index("--output") + 1]).write_text('{"records": [1]}')
 pathlib.Path("pid").write_text(str(os.getpid()))
 os.rename("pid", "part")
 time.sleep(60)
@@ -74,7 +76,7 @@ def test_a_file_or_a_folder_that_is_not_there_ends_it_before_anything_is_measure
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_ends_its_part_without_a_traceback(number: signal.Signals, tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_its_part_and_keeps_what_it_wrote(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "fastgen").mkdir()  # -m looks into the working directory first
     (tmp_path / "fastgen/__init__.py").touch()
     (tmp_path / "fastgen/bench.py").write_text(SLEEPER)
@@ -84,6 +86,8 @@ def test_an_interrupted_run_ends_its_part_without_a_traceback(number: signal.Sig
         parent.send_signal(number)
         _, said = parent.communicate(timeout=60)
     assert (parent.returncode, said) == (130, "")
+    kept = json.loads((tmp_path / "all.json").read_text())
+    assert (kept["records"], kept["failed"]) == ([1], {"texts bf16": "interrupted"})
     part = int((tmp_path / "part").read_text())
     until(lambda: not lives(part))
 
