@@ -1,8 +1,9 @@
 """Activations as exact small integers: the other operand of `packed_product`.
 
-x times the norm's gain becomes a fixed-point number of 24 bits, scaled by a power of two so that the token's largest
-value takes 22 of them: three digits of base 256, -128 .. 127. What is rounded away is below 2^-22 of the largest
-value, so below 1e-5 of the vector's length for 20,000 columns, where bf16 rounds every value by 2e-3.
+x times the norm's gain becomes a fixed-point number of 24 bits: three digits of base 256, -128 .. 127. A warp takes
+every WARPS-th unit of 128 columns, and scales those of a token by a power of two so that their largest value takes 22
+bits: no warp waits for another. What is rounded away is below 2^-22 of the largest value, so below 1e-5 of the vector's
+length for 20,000 columns, where bf16 rounds every value by 2e-3.
 
 One token's digits lie in shared memory, made by every program (`stage_token`); those of several are made before
 (`prepare_kernel`). Both serve as the columns of mma.m16n8k32: of one token, the digits are columns of one product;
@@ -14,7 +15,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels.fragments import (
-    barrier,
     digits,
     halves,
     lanes,
@@ -24,10 +24,8 @@ from fastgen.kernels.fragments import (
     load_two,
     load_word,
     reduced,
-    shared_memory,
     signed_half,
     statement,
-    store_float,
     store_word,
     swapped,
     swapped_float,
@@ -52,13 +50,20 @@ def lane_of(WARPS: gl.constexpr):
 
 
 @gluon.jit
-def load_row(x, UNITS: gl.constexpr):
-    """Return x [128 UNITS], eight values a lane in each of some pieces, zeros behind it."""
+def unit_of(i):
+    """Return the unit of piece i of a warp's share of a row: half of the lanes have one, half the warp's next."""
     lane, warp = lane_of(WARPS)
+    return (2 * i + lane // 16) * WARPS + warp
+
+
+@gluon.jit
+def load_row(x, UNITS: gl.constexpr):
+    """Return each warp's units of x [128 UNITS], eight values a lane in each of some pieces, zeros behind them."""
+    lane, _warp = lane_of(WARPS)
     row = ()
     for i in gl.static_range((UNITS + 2 * WARPS - 1) // (2 * WARPS)):
-        piece = (i * WARPS + warp) * 32 + lane
-        row += (load_global(x.to(gl.int64) + piece * 16, piece < UNITS * 16),)
+        unit = unit_of(i)
+        row += (load_global(x.to(gl.int64) + (unit * 16 + lane % 16) * 16, unit < UNITS),)
     return row
 
 
@@ -92,39 +97,29 @@ def scaled_row(row, gains, BF16: gl.constexpr):
 
 
 @gluon.jit
-def power_of(peak, address):
-    """Return a power of two that brings the largest of all lanes' values to 22 bits, and what it is made good with.
+def power_of(peak):
+    """Return a power of two that brings the largest of a warp's values to 22 bits, and what it is made good with.
 
-    For an infinite or NaN value the second is NaN. All warps meet; 32 bytes at `address` serve the exchange.
+    For an infinite or NaN value the second is NaN.
     """
-    lane, warp = lane_of(WARPS)
-    store_word(address + warp * 4 + lane * 0, reduced(peak, "max.u32"), 0)
-    barrier()
-    top = gl.maximum(highest(load_four(address, 0)), highest(load_four(address, 16))) >> 23
+    top = reduced(peak, "max.u32") >> 23
     lifted = gl.maximum(top, 22)
     factor = ((lifted - 21) << 23).to(gl.float32, bitcast=True)
     return ((275 - lifted) << 23).to(gl.float32, bitcast=True), gl.where(top == 255, float("nan"), factor)
 
 
 @gluon.jit
-def share_squares(squares, address):
-    """Store a warp's sum of the lanes' squares at `address`, of 32 bytes, for `rms_scale` behind a barrier."""
-    lane, warp = lane_of(WARPS)
+def sum_of_squares(squares):
+    """Return a warp's sum of the lanes' squares, in one order."""
     for i in gl.static_range(5):
         squares += swapped_float(squares, 1 << i)
-    store_float(address + warp * 4 + lane * 0, squares, 0)
+    return squares
 
 
 @gluon.jit
 def rms_scale(address, eps, WIDTH: gl.constexpr):
-    """Return what RMSNorm multiplies a row of WIDTH values with."""
+    """Return what RMSNorm multiplies a row of WIDTH values with, whose warps' sums of squares lie at `address`."""
     return gl.rsqrt((sum_of(load_four(address, 0)) + sum_of(load_four(address, 16))) / WIDTH + eps)
-
-
-@gluon.jit
-def highest(four):
-    """Return the largest of four words, none of which is negative."""
-    return gl.maximum(gl.maximum(four[0], four[1]), gl.maximum(four[2], four[3])).to(gl.int32)
 
 
 @gluon.jit
@@ -165,39 +160,36 @@ def sum_of_group(total, GROUPS: gl.constexpr):
 
 @gluon.jit
 def prepare_kernel(
-    x, norm, blocks, factors, eps, WIDTH: gl.constexpr, GROUPS: gl.constexpr, SETS: gl.constexpr, PDL: gl.constexpr
+    x, norm, blocks, factors, WIDTH: gl.constexpr, GROUPS: gl.constexpr, SETS: gl.constexpr, PDL: gl.constexpr
 ):  # fmt: skip
-    """Grid (tokens): the digits of x [tokens, 128 UNITS] times norm, and factors [tokens] for the product.
+    """Grid (tokens): the digits of x [tokens, 128 UNITS] times norm, and what makes the warps' scales good.
 
     blocks [UNITS, digit_bytes] int32: digits [SETS, 3, 2, 32 lanes, 4 words], lane 4g + t with token g; then the sums
-    of groups [SETS, GROUPS, 3, 8 tokens], negated; then what fills a line.
+    of groups [SETS, GROUPS, 3, 8 tokens], negated; then what fills a line. factors [2, 8 SETS, WARPS] fp32: of each
+    token and warp the factor, and the sum of x's squares if there is a norm.
     """
     UNITS: gl.constexpr = (WIDTH + 127) // 128
     BF16: gl.constexpr = x.dtype.element_ty == gl.bfloat16
     BLOCK: gl.constexpr = digit_bytes(GROUPS, SETS) // 4
     lane, warp = lane_of(WARPS)
-    memory, address = shared_memory(1024, WARPS)
     gains = None
     if norm is not None:
         gains = load_row(norm, UNITS)
     if PDL:
         statement("griddepcontrol.launch_dependents;")
         statement("griddepcontrol.wait;")
-    barrier()
     token = gl.program_id(0)
     values, peak, squares = scaled_row(load_row(x + token * (UNITS * 128), UNITS), gains, BF16)
+    power, factor = power_of(peak)
+    at_warp = factors + token * WARPS + warp + lane * 0
+    gl.store(at_warp, factor, mask=lane == warp * 0)
     if norm is not None:
-        share_squares(squares, address + 32)
-    power, factor = power_of(peak, address)
-    if norm is not None:
-        factor *= rms_scale(address + 32, eps, WIDTH)
-    gl.store(factors + token, factor)
+        gl.store(at_warp + SETS * 8 * WARPS, sum_of_squares(squares), mask=lane == warp * 0)
     for i in gl.static_range(len(values)):
         first, second, sums = digits_of(values[i], power, GROUPS)
-        piece = (i * WARPS + warp) * 32 + lane
-        here = piece < UNITS * 16
-        place = piece % 16
-        block = blocks + piece // 16 * BLOCK
+        unit, place = unit_of(i), lane % 16
+        here = unit < UNITS
+        block = blocks + unit * BLOCK
         at = token // 8 * 768 + place // 8 * 128 + (token % 8 * 4 + place % 4) * 4 + place // 4 % 2 * 2
         total = SETS * 768 + (token // 8 * GROUPS + place * GROUPS // 16) * 24 + token % 8
         for d in gl.static_range(3):
@@ -205,22 +197,20 @@ def prepare_kernel(
             gl.store(block + at + d * 256 + 1, second[d].to(gl.int32, bitcast=True), mask=here)
             if GROUPS > 0:
                 gl.store(block + total + d * 8, sums[d], mask=here)
-    memory._keep_alive()
 
 
 @gluon.jit
 def stage_token(values, power, address, GROUPS: gl.constexpr):
     """Store one token's digits, [unit, 2, 3, 4 t, 4 words], and the sums of its groups, [unit, group, 4], negated.
 
+    A warp stores what only its own lanes load.
     Of the two words of digits that belong to the eight columns of a lane t, the first is in the first half.
     """
-    lane, warp = lane_of(WARPS)
+    lane, _warp = lane_of(WARPS)
     BLOCK: gl.constexpr = digit_bytes(GROUPS, 0)
     for i in gl.static_range(len(values)):
         first, second, sums = digits_of(values[i], power, GROUPS)
-        piece = (i * WARPS + warp) * 32 + lane
-        place = piece % 16
-        block = address + piece // 16 * BLOCK
+        place, block = lane % 16, address + unit_of(i) * BLOCK
         at = block + place % 4 * 16 + place // 4 * 4
         for d in gl.static_range(3):
             store_word(at, first[d].to(gl.int32, bitcast=True), d * 64)

@@ -125,12 +125,11 @@ def _launch(
     if sets:
         size = digit_bytes(form.groups, sets) // 4
         given = torch.empty(units * size, dtype=torch.int32, device=x.device)
-        factors = torch.empty(tokens, dtype=torch.float32, device=x.device)
+        factors = torch.empty(2, 8 * sets, WARPS.value, dtype=torch.float32, device=x.device)
         prepare_kernel[(tokens,)](
-            x, norm, given, factors, eps, WIDTH=width, GROUPS=form.groups, SETS=sets, PDL=bool(options),
+            x, norm, given, factors, WIDTH=width, GROUPS=form.groups, SETS=sets, PDL=bool(options),
             num_warps=WARPS.value, **options,
         )  # fmt: skip
-        norm = None
     grid = (min(tiles, shape.per_processor * launch.processors(x.device)),)
     kernel[grid](
         given, norm, factors, words, scales, tokens, n, tiles, 4 * words.shape[2], eps, bias=bias, **of_tokens,

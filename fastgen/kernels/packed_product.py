@@ -32,8 +32,8 @@ from fastgen.kernels.fixed_point import (
     power_of,
     rms_scale,
     scaled_row,
-    share_squares,
     stage_token,
+    sum_of_squares,
     token_places,
 )
 from fastgen.kernels.fragments import (
@@ -44,8 +44,10 @@ from fastgen.kernels.fragments import (
     halves,
     lanes,
     load_floats,
+    load_four,
     shared_memory,
     statement,
+    store_float,
     store_floats,
     swapped_float,
 )
@@ -78,10 +80,11 @@ def slot_bytes(planes, groups, zeros, sets, tiles):
 
 @gluon.constexpr_function
 def fixed_bytes(width, groups, sets, tiles):
-    """Return the shared memory beside the ring: the warps' sums twice, what its scale needs, one token's x."""
+    """Return the shared memory beside the ring: the warps' sums twice, their factors and squares, one token's x."""
     units = (width + 128 * WARPS.value - 1) // (128 * WARPS.value) * WARPS.value
     alone = (units + 16 - 1) // 16 * 16 * digit_bytes(groups, 0)
-    return (2 * WARPS.value * sums_bytes(tiles, sets) + 64 + (0 if sets else alone) + 127) // 128 * 128
+    of_columns = 8 * WARPS.value * max(1, 8 * sets)
+    return (2 * WARPS.value * sums_bytes(tiles, sets) + of_columns + (0 if sets else alone) + 127) // 128 * 128
 
 
 @gluon.jit
@@ -255,7 +258,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
     """Call finish(first, second, early, tile, row, token, here, n, tiles, extra) with each R tiles of the product.
 
     The product is y = weight @ rms_norm(x), without the norm where there is none. SETS is 0 for one token: x
-    [128 UNITS] of DTYPE, norm [128 UNITS] or None. It is 1 for up to 8 and 2 for up to 16: x and factors [tokens] are
+    [128 UNITS] of DTYPE, norm [128 UNITS] or None. It is 1 for up to 8 and 2 for up to 16: x and factors are
     `prepare_kernel`'s. words and scales: see `packed`. first and second [P] fp32 belong to token[p], and to
     row[p] and row[p] + 8 tiles of n rows; where not here[p], they belong to nothing. `early` is what
     prefetch(row, token, here, n, tiles, extra) has loaded before the sums were made. record: bytes of a record.
@@ -273,7 +276,8 @@ def stream_product(  # noqa: PLR0912, PLR0915
     PAIRS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane, warp = lane_of(WARPS)
     memory, address = shared_memory((FIXED + WARPS * STAGES * SLOT + 1023) // 1024 * 1024, WARPS)
-    exchange_at, x_at = address + 2 * WARPS * SUMS, address + 2 * WARPS * SUMS + 64
+    factors_at = address + 2 * WARPS * SUMS  # [column, warp] fp32, and behind them the sums of x's squares
+    squares_at, x_at = factors_at + COLUMNS * 32, factors_at + COLUMNS * 64
     ring = address + FIXED + warp * (STAGES * SLOT) + lane * 0
     begin = gl.program_id(0) * tiles // gl.num_programs(0)
     end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
@@ -293,14 +297,15 @@ def stream_product(  # noqa: PLR0912, PLR0915
         state = fill(state, to, sources, limits, record, REST, True, UNITS, TURNS, PLANES, GROUPS, ZEROS, SLOT, R)
         row = touched_behind(state[0], row)
         values, peak, squares = scaled_row(row, gains, BF16)
-        power, factor = power_of(peak, exchange_at)
+        power, factor = power_of(peak)
         stage_token(values, power, x_at, GROUPS)
+        statement("bar.warp.sync 0xffffffff;")
+        store_float(factors_at + warp * 4 + lane * 0, factor, 0)
         if norm is not None:
-            share_squares(squares, exchange_at + 32)
-        barrier()
-        if norm is not None:
-            factor *= rms_scale(exchange_at + 32, eps, WIDTH)
+            store_float(squares_at + warp * 4 + lane * 0, sum_of_squares(squares), 0)
     else:
+        of_columns = gl.arange(0, 2 * WARPS * COLUMNS, PAIRS)
+        store_float(factors_at + of_columns * 4, gl.load(factors + of_columns), 0)
         MIDDLE: gl.constexpr = BLOCK // 1024 * 512
         x_source = x.to(gl.int64) + warp * BLOCK + (lane * 16 + MIDDLE)
         limit = unit + (end - begin + R - 1) // R * (R * UNITS)
@@ -325,7 +330,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
     last_turn = (TURNS - STAGES) % TURNS  # its copies, STAGES - 1 turns ahead, are a tile's last
     if SETS > 0:
         last_turn = unknown(last_turn, record)
-    slot, buffer = 0, address
+    slot, buffer, rms = 0, address, p * 0.0
     for tile in range(begin, end, R):
         row_of = (tile + tile_of) * 8 + p % 8
         here = (token < tokens) & (tile + tile_of < end)
@@ -361,25 +366,39 @@ def stream_product(  # noqa: PLR0912, PLR0915
                 totals = new
         store_sums(totals, buffer + warp * SUMS, COLUMNS, SETS, R, PLANES)
         barrier()
-        first, second = add_warps(buffer + p * 8, SUMS)
+        first, second = add_warps(buffer + p * 8, factors_at + token * 32, SUMS)
         if PLANES == 2:
             low, high = halves(scale.to(gl.uint32, bitcast=True), BF16)
             first, second = first * low, second * high
         else:
             second *= 0.0625
-        if SETS > 0:
-            factor = gl.load(factors + token, mask=token < tokens, other=0.0)
-        finish(first * factor, second * factor, early, tile + tile_of, row_of, token, here, n, tiles, extra)
+        if norm is not None:
+            if tile == begin:
+                rms = rms_scale(squares_at + token * 32, eps, WIDTH)
+            first, second = first * rms, second * rms
+        finish(first, second, early, tile + tile_of, row_of, token, here, n, tiles, extra)
         buffer = 2 * address + WARPS * SUMS - buffer
     memory._keep_alive()
 
 
 @gluon.jit
-def add_warps(address, SUMS: gl.constexpr):
-    """Return the sums of the warps' pairs of fp32, which lie SUMS bytes apart, in the one order."""
+def add_warps(address, factors_at, SUMS: gl.constexpr):
+    """Return the sums of the warps' pairs of fp32, SUMS bytes apart, each times its warp's factor, in the one order.
+
+    Factors are powers of two: the products are exact.
+    """
     total = (0.0, 0.0)
     for w in gl.static_range(0, WARPS, 4):
-        a, b = load_floats(address, w * SUMS), load_floats(address, w * SUMS + SUMS)
-        c, d = load_floats(address, w * SUMS + 2 * SUMS), load_floats(address, w * SUMS + 3 * SUMS)
+        f = load_four(factors_at, w * 4)
+        a, b = times(load_floats(address, w * SUMS), f[0]), times(load_floats(address, w * SUMS + SUMS), f[1])
+        c = times(load_floats(address, w * SUMS + 2 * SUMS), f[2])
+        d = times(load_floats(address, w * SUMS + 3 * SUMS), f[3])
         total = (total[0] + ((a[0] + b[0]) + (c[0] + d[0])), total[1] + ((a[1] + b[1]) + (c[1] + d[1])))
     return total
+
+
+@gluon.jit
+def times(pair, factor):
+    """Return a pair of fp32 times another one that was loaded as a word."""
+    factor = factor.to(gl.float32, bitcast=True)
+    return pair[0] * factor, pair[1] * factor

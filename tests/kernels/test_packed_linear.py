@@ -219,7 +219,7 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
         "WIDTH": 4096, "PLANES": form.planes, "GROUPS": form.groups, "ZEROS": form.zeros, "SETS": sets,
         "R": shape.tiles, "STAGES": slots, "DTYPE": gl.bfloat16, "PDL": pdl, "bias": None,
     }  # fmt: skip
-    constants |= {"factors": None} if sets == 0 else {"norm": None}
+    constants |= {} if sets else {"factors": None}
     compiled = compile_ahead(getattr(packed_linear, f"packed_{name}_kernel"), capability, constants)
     ptx, copied = compiled.asm["ptx"], "cp.async.cg.shared.global"
     assert compiled.asm["cubin"], "ptxas gives a binary"

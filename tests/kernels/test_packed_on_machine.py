@@ -64,6 +64,21 @@ def test_on_the_machine_packed_weights_give_the_same_bits_for_any_tokens(form: s
 
 @compiled_ahead
 @pytest.mark.usefixtures("packed_on_machine")
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_on_the_machine_a_huge_value_costs_no_digits_of_other_warps_columns(tokens: int) -> None:
+    torch.manual_seed(2)
+    weight, x = torch.randn(16, 256), torch.randn(1, tokens, 256).bfloat16()
+    weight[:, :128], x[..., 5] = 0, 1e8
+    q, scale = int8.quantize(weight, torch.bfloat16)
+    packed_weight = pack_int8(q, scale, None)
+    arguments = (packed_weight.words, packed_weight.scales, None, None, 16, True)
+    y = packed_linear.packed_linear(x, None, 0.0, *arguments)
+    exact = x.double() @ (q.double() * scale.double().view(16, 1)).T
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-5)
+
+
+@compiled_ahead
+@pytest.mark.usefixtures("packed_on_machine")
 def test_on_the_machine_the_packed_greedy_head_takes_the_largest_logit() -> None:
     torch.manual_seed(1)
     packed_weight, weight = linear(80, 640, "int8")
