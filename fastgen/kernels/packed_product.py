@@ -106,6 +106,7 @@ def copies(
     tail, limit_of_tail = record, limit
     if TAIL > 0:
         PARTS: gl.constexpr = tail_stride(GROUPS, ZEROS) // 16
+        gl.static_assert(R * PARTS <= 32, "every lane copies 16 bytes of the tails at most")
         r, place = lane // PARTS, lane % PARTS * 16
         tail = scales.to(gl.int64) + (r * (UNITS * TAIL) + place)
         limit_of_tail = unit + (end - begin - r + R - 1) // R * (R * UNITS)

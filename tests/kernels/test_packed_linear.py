@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fastgen.kernels import fixed_point, fused, launch, packed_linear, packed_product, reference
+from fastgen.kernels import fixed_point, fused, launch, packed_linear, packed_product, packed_units, reference
 from fastgen.kernels.packed import Form, PackedLinear, form_of, pack_int4, pack_int8, unpack
 from quantize import int4, int8
 from tests.kernels import support
@@ -186,7 +186,14 @@ def test_eight_tokens_fit_every_gpu(memory: int) -> None:
                 assert packed_linear.choose(form, width, tokens, memory)[2] >= 2
 
 
-def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any]) -> Any:
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_warp_copies_the_tails_of_a_slot_at_once(groups: int, zeros: bool) -> None:
+    for shape in packed_linear.SHAPES[4]:
+        assert shape.tiles * packed_units.tail_stride(groups, zeros) <= 32 * 16
+
+
+def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any], registers: int) -> Any:
     """Compile a kernel for a GPU that need not be there."""
     types = {
         "words": "*i32", "scales": "*i32", "factors": "*fp32", "best": "*fp32", "ids": "*i32", "tokens": "i32",
@@ -197,7 +204,8 @@ def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any]) -> An
     aligned = {
         (index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if signature[name].startswith("*")
     }
-    options = {"num_warps": fixed_point.WARPS.value} | ({"launch_pdl": True} if capability >= 90 else {})
+    options = {"num_warps": fixed_point.WARPS.value, "maxnreg": registers}
+    options |= {"launch_pdl": True} if capability >= 90 else {}
     source = GluonASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -220,9 +228,11 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
         "R": shape.tiles, "STAGES": slots, "DTYPE": gl.bfloat16, "PDL": pdl, "bias": None,
     }  # fmt: skip
     constants |= {} if sets else {"factors": None}
-    compiled = compile_ahead(getattr(packed_linear, f"packed_{name}_kernel"), capability, constants)
+    compiled = compile_ahead(
+        getattr(packed_linear, f"packed_{name}_kernel"), capability, constants, shape.registers
+    )  # fmt: skip
     ptx, copied = compiled.asm["ptx"], "cp.async.cg.shared.global"
-    assert compiled.asm["cubin"], "ptxas gives a binary"
+    assert support.usage(compiled)["STACK"] == 0, "no register is spilled"
     slot = packed_product.slot_bytes(*form, sets, shape.tiles)
     memory = packed_product.fixed_bytes(4096, form.groups, sets, shape.tiles) + fixed_point.WARPS.value * slots * slot
     assert compiled.metadata.shared == triton.cdiv(memory, 1024) * 1024, "nothing else lies in shared memory"
@@ -236,3 +246,14 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
         wait = ptx.index("griddepcontrol.wait")
         assert ptx.index(copied) < wait < ptx.index("mma.sync"), "weights are copied before the wait"
         assert wait < ptx.index("griddepcontrol.launch_dependents"), "the next kernel starts after the wait"
+
+
+@compiled_ahead
+def test_more_tails_than_a_warp_copies_at_once_are_refused() -> None:
+    constants = {
+        "WIDTH": 4096, "PLANES": 1, "GROUPS": 4, "ZEROS": True, "SETS": 0, "R": 4, "STAGES": 3, "DTYPE": gl.bfloat16,
+        "PDL": True, "bias": None, "factors": None,
+    }  # fmt: skip
+    with pytest.raises(triton.CompilationError) as refused:
+        compile_ahead(packed_linear.packed_linear_kernel, 90, constants, 128)
+    assert "16 bytes of the tails" in str(refused.getrepr())
