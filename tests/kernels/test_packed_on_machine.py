@@ -30,27 +30,36 @@ def packed_on_machine(monkeypatch: pytest.MonkeyPatch, on_machine: Callable[...,
         monkeypatch.setattr(packed, name, OnMachine(getattr(packed, name)))
 
 
-def linear(out: int, width: int, form: str) -> tuple[PackedLinear, torch.Tensor]:
-    """A quantized linear in bf16, and its weights in fp64."""
-    weight, bias = torch.randn(out, width) * width**-0.5, torch.randn(out).bfloat16()
+def linear(
+    out: int, width: int, form: str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[PackedLinear, torch.Tensor]:  # fmt: skip
+    """A quantized linear in `dtype`, and its weights in fp64."""
+    weight, bias = torch.randn(out, width) * width**-0.5, torch.randn(out).to(dtype)
     if form == "int8":
-        q, scale = int8.quantize(weight, torch.bfloat16)
+        q, scale = int8.quantize(weight, dtype)
         return pack_int8(q, scale, bias), q.double() * scale.double().view(out, 1)
-    q, scale, zero_point = int4.quantize(weight, 128, symmetric=False, scale_dtype=torch.bfloat16)
-    exact = (q.view(out, -1, 128) - zero_point[..., None].double()) * scale[..., None].double()
+    group, symmetric = int(form.partition(" ")[0][1:]), "zeros" not in form
+    q, scale, zero_point = int4.quantize(weight, group, symmetric=symmetric, scale_dtype=dtype)
+    zero = 0 if zero_point is None else zero_point[..., None].double()
+    exact = (q.view(out, -1, group) - zero) * scale[..., None].double()
     return pack_int4(int4.pack(q), scale, zero_point, bias), exact.view(out, width)
 
 
 @compiled_ahead
 @pytest.mark.usefixtures("packed_on_machine")
-@pytest.mark.parametrize("form", ["int8", "g128 zeros"])
-def test_on_the_machine_packed_weights_give_the_same_bits_for_any_tokens(form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "width", "dtype"),
+    [("int8", 640, torch.bfloat16), ("g128 zeros", 1152, torch.bfloat16), ("g32 zeros", 1248, torch.float16)],
+)
+def test_on_the_machine_packed_weights_give_the_same_bits_for_any_tokens(
+    form: str, width: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    packed_weight, weight = linear(80, 640, form)
-    x, residual = torch.randn(1, 9, 640).bfloat16(), torch.randn(1, 9, 80).bfloat16()
-    norm = support.norm(640, dtype=torch.bfloat16, device="cpu")
+    packed_weight, weight = linear(80, width, form, dtype)
+    x, residual = torch.randn(1, 9, width).to(dtype), torch.randn(1, 9, 80).to(dtype)
+    norm = support.norm(width, dtype=dtype, device="cpu")
     assert packed_weight.bias is not None
-    wide = torch.nn.functional.rms_norm(x.double(), (640,), norm.weight.double(), 1e-5)
+    wide = torch.nn.functional.rms_norm(x.double(), (width,), norm.weight.double(), 1e-5)
     exact = wide @ weight.T + packed_weight.bias.double() + residual.double()
 
     def run(tokens: int) -> torch.Tensor:
@@ -58,7 +67,7 @@ def test_on_the_machine_packed_weights_give_the_same_bits_for_any_tokens(form: s
         return packed_linear.packed_linear(x[:, :tokens], norm.weight, 1e-5, *arguments)
 
     together = run(9)
-    support.assert_as_good_as(together, exact.bfloat16(), exact, f"{form}, against one rounding")
+    support.assert_as_good_as(together, exact.to(dtype), exact, f"{form}, against one rounding")
     assert torch.equal(run(1), together[:, :1])
 
 
