@@ -52,7 +52,7 @@ def assert_streams(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def check(kernel: Any, stage: str, tokens: int, capability: int, element: str, **more: Any) -> None:
         width = 4096
-        monkeypatch.setattr(launch, "shared_memory", lambda device: support.SHARED_MEMORY[capability])
+        monkeypatch.setattr(launch, "processor_memory", lambda device: support.SHARED_MEMORY[capability])
         monkeypatch.setattr(launch, "dependent_launch", lambda device: {"launch_pdl": True} if capability >= 90 else {})
         shapes = launch.table()["NVIDIA H200"][stage] if capability >= 90 else launch.DEFAULT
         shape = shapes[launch.column(tokens)]
