@@ -22,7 +22,7 @@ MMA_K16 = gl.constexpr(
     "mma.sync.aligned.m16n8k16.row.col.s32.{}.s8.s32 {{$0, $1, $2, $3}}, {{$4, $5}}, {{$6}}, {{$7, $8, $9, $10}};"
 )
 
-# Four fp32 times a power of two, rounded to integers n; n + 0x8080 has the digits + 128 in its low bytes, but the last.
+# Four fp32 times a power of two, rounded to integers n; n + 0x8080 has the digits in its bytes, the first two + 128.
 DIGITS = gl.constexpr("""{ .reg .f32 f; .reg .b32 a, b, c, d, p, q;
     fma.rn.f32 f, $3, $7, 0f4B400000; mov.b32 a, f; add.s32 a, a, 0xc08080;
     fma.rn.f32 f, $4, $7, 0f4B400000; mov.b32 b, f; add.s32 b, b, 0xc08080;

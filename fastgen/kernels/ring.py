@@ -27,7 +27,8 @@ def ring_memory(LINES: gl.constexpr):
     """Return LINES x 512 bytes of shared memory and their address; `release` stands at the kernel's end.
 
     It must be the first that a kernel allocates: the address is that of Triton's symbol for all of a program's shared
-    memory (a test looks at where the rest lies).
+    memory (a test looks at where the rest lies). From sm_80 on that is 1024, behind CUDA's own, so lines begin at
+    multiples of 128.
     """
     memory = gl.allocate_shared_memory(gl.uint32, [LINES, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     return memory, shared_address()
