@@ -284,7 +284,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
     end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
 
     gains = None
-    if norm is not None:
+    if norm is not None and SETS == 0:
         gains = load_row(norm, UNITS)  # first of all: behind the ring's copies they would wait for all of these
     sources, unit, limits = copies(words, scales, begin, end, UNITS, PLANES, GROUPS, ZEROS, R)
     state, to = (unit, 0, 0), ring + lane * 16
