@@ -51,7 +51,7 @@ from fastgen.kernels.fragments import (
     store_floats,
     swapped_float,
 )
-from fastgen.kernels.packed_units import add_unit, alone, load_unit, tail_bytes, tail_stride
+from fastgen.kernels.packed_units import add_unit, alone, load_unit, tail_bytes, tail_stride, tails_bytes
 
 BEFORE_WAIT = gl.constexpr(32 << 10)
 """Bytes that a program with one token's x asks for before it waits, about; the rest, behind x, shall not delay that."""
@@ -64,12 +64,6 @@ UNROLLED = gl.constexpr(2)
 def sums_bytes(tiles, sets):
     """Return the shared memory of a warp's sums of so many tiles; 16 more keep the warps in different banks."""
     return 64 * tiles * max(1, 8 * sets) + 16
-
-
-@gluon.constexpr_function
-def tails_bytes(groups, zeros, tiles):
-    """Return the size of the tails in a slot, in whole lines."""
-    return (tiles * tail_stride(groups, zeros) + 127) // 128 * 128
 
 
 @gluon.constexpr_function

@@ -28,6 +28,12 @@ def tail_stride(groups, zeros):
     return (tail_bytes(groups, zeros) + 63) // 64 * 64
 
 
+@gluon.constexpr_function
+def tails_bytes(groups, zeros, tiles):
+    """Return the size of the tails in a slot, in whole lines."""
+    return (tiles * tail_stride(groups, zeros) + 127) // 128 * 128
+
+
 @gluon.jit
 def load_unit(
     places, TILE: gl.constexpr, R: gl.constexpr, PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr
