@@ -28,7 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels import launch
-from fastgen.kernels.fragments import barrier, lanes, statement, swapped_float
+from fastgen.kernels.fragments import barrier, lanes, statement, swapped_float, warp_barrier
 from fastgen.kernels.heads import (
     add_values,
     heads_lines,
@@ -189,7 +189,7 @@ def attend_kernel(  # noqa: PLR0912, PLR0915
             warp, lane, (R, group * R, T * G - 1), T, source + head * (G * D), (G * K - G * head + head) * D,
             rope + text * T * D, (q_norm, k_norm), live, G, N, STRIDE, D, WARPS,
         )  # fmt: skip
-        statement("bar.warp.sync 0xffffffff;")  # the assembler would load these first, but those are needed first
+        warp_barrier()  # the assembler would load these first, but those are needed first
         values = load_values(values, new_value - at * STRIDE, at, at + fresh, g, STRIDE, D)
         turn_heads(heads, turned_at, warp, lane, eps, R, N, q_norm is not None, D, BF16, WARPS)
         barrier()

@@ -203,8 +203,8 @@ def prepare_kernel(
 def stage_token(values, power, address, GROUPS: gl.constexpr):
     """Store one token's digits, [unit, 2, 3, 4 t, 4 words], and the sums of its groups, [unit, group, 4], negated.
 
-    A warp stores what only its own lanes load.
-    Of the two words of digits that belong to the eight columns of a lane t, the first is in the first half.
+    A warp stores what only its own lanes load. Of the two words of digits that belong to the eight columns of a lane
+    t, the first is in the first half.
     """
     lane, _warp = lane_of(WARPS)
     BLOCK: gl.constexpr = digit_bytes(GROUPS, 0)

@@ -94,6 +94,12 @@ def arrived(AHEAD: gl.constexpr):
 def arrive(AHEAD: gl.constexpr):
     """Wait until all groups but the newest AHEAD have arrived, for all lanes of the warp."""
     arrived(AHEAD)
+    warp_barrier()
+
+
+@gluon.jit
+def warp_barrier():
+    """Let all lanes of the warp meet."""
     statement("bar.warp.sync 0xffffffff;")
 
 
@@ -131,6 +137,15 @@ def load_four(address, OFFSET: gl.constexpr):
         f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {OFFSET}];", "=r,=r,=r,=r,r", [address],
         dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32), is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def recast(values, TYPE: gl.constexpr):
+    """Return several values of 32 bits as another type of the same bits."""
+    result = ()
+    for n in gl.static_range(len(values)):
+        result += (values[n].to(TYPE, bitcast=True),)
+    return result
 
 
 @gluon.jit

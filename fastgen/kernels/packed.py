@@ -99,13 +99,12 @@ def pack_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Te
     n, width = packed.shape[0], 8 * packed.shape[1]
     tiles, units, group = triton.cdiv(n, TILE), triton.cdiv(width, UNIT), width // scale.shape[1]
     groups = max(1, UNIT // group)
-    of_zeros = 0 if zero_point is None else max(4, 2 * groups)
     words = packed.new_empty(tiles, units, PLANE)
     pack_int4_kernel[(tiles, units)](packed.contiguous(), words, n, width)
     scales = _in_tiles(scale, tiles, units, group).view(torch.int32)
     if zero_point is not None:
         low, high = _in_tiles(zero_point.to(torch.uint8) + 8, tiles, units, group).unflatten(2, (-1, 2)).unbind(3)
-        zeros = F.pad(low | high << 4, (0, 4 * of_zeros - 8 * groups))
+        zeros = F.pad(low | high << 4, (0, max(16, 8 * groups) - 8 * groups))
         scales = torch.cat((scales, zeros.view(torch.int32)), 2)
     return PackedLinear(words, scales, bias, out_features=n, in_features=width, dtype=scale.dtype)
 

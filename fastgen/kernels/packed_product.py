@@ -45,11 +45,13 @@ from fastgen.kernels.fragments import (
     lanes,
     load_floats,
     load_four,
+    recast,
     shared_memory,
     statement,
     store_float,
     store_floats,
     swapped_float,
+    warp_barrier,
 )
 from fastgen.kernels.packed_units import add_unit, alone, load_unit, tail_bytes, tail_stride, tails_bytes
 
@@ -294,7 +296,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
         values, peak, squares = scaled_row(row, gains, BF16)
         power, factor = power_of(peak)
         stage_token(values, power, x_at, GROUPS)
-        statement("bar.warp.sync 0xffffffff;")
+        warp_barrier()
         store_float(factors_at + warp * 4 + lane * 0, factor, 0)
         if norm is not None:
             store_float(squares_at + warp * 4 + lane * 0, sum_of_squares(squares), 0)
@@ -384,7 +386,7 @@ def add_warps(address, factors_at, SUMS: gl.constexpr):
     """
     total = (0.0, 0.0)
     for w in gl.static_range(0, WARPS, 4):
-        f = load_four(factors_at, w * 4)
+        f = recast(load_four(factors_at, w * 4), gl.float32)
         a, b = times(load_floats(address, w * SUMS), f[0]), times(load_floats(address, w * SUMS + SUMS), f[1])
         c = times(load_floats(address, w * SUMS + 2 * SUMS), f[2])
         d = times(load_floats(address, w * SUMS + 3 * SUMS), f[3])
@@ -394,6 +396,5 @@ def add_warps(address, factors_at, SUMS: gl.constexpr):
 
 @gluon.jit
 def times(pair, factor):
-    """Return a pair of fp32 times another one that was loaded as a word."""
-    factor = factor.to(gl.float32, bitcast=True)
+    """Return a pair times a factor."""
     return pair[0] * factor, pair[1] * factor

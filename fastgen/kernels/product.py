@@ -28,7 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels.claims import claim, publish, published
-from fastgen.kernels.fragments import arrive, barrier, commit, halves, lanes, load_four, statement
+from fastgen.kernels.fragments import arrive, barrier, commit, halves, lanes, load_four, statement, warp_barrier
 from fastgen.kernels.ring import copy_rows, fma, load_words, mma, place_of, release, ring_memory, write_four
 
 WARPS = 8
@@ -165,7 +165,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
             next_first = gl.where(later, firsts[AHEAD], firsts[DEPTH // UNITS])
             next_end = gl.where(next_first < own, end, n)
             next_k = next_unit * (64 * WARPS) + of_copy
-            statement("bar.warp.sync 0xffffffff;")  # all lanes have read the slot
+            warp_barrier()  # all lanes have read the slot
             copy_unit(weight, ring + slot, next_first, next_k, c, next_end, n, K, R, PAIRED)
             slot = gl.where(slot == (DEPTH - 1) * R * 2048, 0, slot + R * 2048)
             next_unit = gl.where(next_unit == UNITS - 1, 0, next_unit + 1)

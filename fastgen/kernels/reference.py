@@ -148,8 +148,8 @@ def _attend_one_by_one(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor,
 
     Every token is a text of its own to the CPU's matrix products, whose order of summing hangs on their shapes: so a
     verified token gets the bits that it gets when it is decoded. That takes up to three times as long, in 16 bits ten
-    times, where nobody counts on bits. For G of 4 and more, MKL (as torch 2.13 has it) also
-    parts sums over more than 192 positions by their number; there the two agree but to rounding.
+    times, where nobody counts on bits. For G of 4 and more, MKL (as torch 2.13 has it) also parts sums over more than
+    192 positions by their number; there the two agree but to rounding.
     """
     keys, values = (each.expand(len(q), -1, -1, -1) for each in (keys, values))
     mask = visible[:, None, None].expand(-1, -1, q.shape[2], -1)

@@ -12,7 +12,7 @@ such parts are there or not. Source: Flash-Decoding, arXiv 2311.01282.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fastgen.kernels.fragments import load_floats, load_four, load_global, store_floats
+from fastgen.kernels.fragments import load_floats, load_four, load_global, recast, store_floats
 from fastgen.kernels.masked import load_pair, store_four_floats, store_words
 
 AT_ONCE = gl.constexpr(8)
@@ -73,7 +73,7 @@ def add_warps(address, row, dim, DIMS: gl.constexpr, R: gl.constexpr, D: gl.cons
         if DIMS == 2:
             values += (load_floats(at, w * (R * row_pitch(D))),)
         else:
-            values += (as_floats(load_four(at, w * (R * row_pitch(D)))),)
+            values += (recast(load_four(at, w * (R * row_pitch(D))), gl.float32),)
     return weighted(tops, masses, values)
 
 
@@ -101,8 +101,8 @@ def leave_share(
 ):  # fmt: skip
     """Store what `add_warps` found in global memory: SPLITS x R x D values, then SPLITS x R pairs of the other two."""
     top, total, y = found
-    store_words(partial + (share * R + row) * D + dim, as_words(y), here, 0)
-    store_words(partial + SPLITS * R * D + (share * R + row) * 2, as_words((top, total)), here & (dim == 0), 0)
+    store_words(partial + (share * R + row) * D + dim, recast(y, gl.uint32), here, 0)
+    store_words(partial + SPLITS * R * D + (share * R + row) * 2, recast((top, total), gl.uint32), here & (dim == 0), 0)
 
 
 @gluon.jit
@@ -127,24 +127,6 @@ def add_shares(
             if DIMS == 2:
                 values += (load_pair(at, present, 0, True),)
             else:
-                values += (as_floats(load_global(at, present)),)
+                values += (recast(load_global(at, present), gl.float32),)
         top, total, y = weighted(tops, masses, values)
     return total, y
-
-
-@gluon.jit
-def as_floats(words):
-    """Return words as fp32 of the same bits."""
-    result = ()
-    for n in gl.static_range(len(words)):
-        result += (words[n].to(gl.float32, bitcast=True),)
-    return result
-
-
-@gluon.jit
-def as_words(values):
-    """Return fp32 as words of the same bits."""
-    result = ()
-    for n in gl.static_range(len(values)):
-        result += (values[n].to(gl.uint32, bitcast=True),)
-    return result
