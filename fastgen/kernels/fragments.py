@@ -22,17 +22,13 @@ MMA_K16 = gl.constexpr(
     "mma.sync.aligned.m16n8k16.row.col.s32.{}.s8.s32 {{$0, $1, $2, $3}}, {{$4, $5}}, {{$6}}, {{$7, $8, $9, $10}};"
 )
 
-# Four fp32 times a power of two, rounded to integers n; n + 0x8080 has the digits in its bytes, the first two + 128.
+# Four fp32 times a power of two, rounded to integers n; n + 128, MAGIC's low bits, has the digits in its two bytes, the
+# first + 128.
 DIGITS = gl.constexpr("""{ .reg .f32 f; .reg .b32 a, b, c, d, p, q;
-    fma.rn.f32 f, $3, $7, 0f4B400000; mov.b32 a, f; add.s32 a, a, 0xc08080;
-    fma.rn.f32 f, $4, $7, 0f4B400000; mov.b32 b, f; add.s32 b, b, 0xc08080;
-    fma.rn.f32 f, $5, $7, 0f4B400000; mov.b32 c, f; add.s32 c, c, 0xc08080;
-    fma.rn.f32 f, $6, $7, 0f4B400000; mov.b32 d, f; add.s32 d, d, 0xc08080;
+    fma.rn.f32 f, $2, $6, 0f4B400080; mov.b32 a, f; fma.rn.f32 f, $3, $6, 0f4B400080; mov.b32 b, f;
+    fma.rn.f32 f, $4, $6, 0f4B400080; mov.b32 c, f; fma.rn.f32 f, $5, $6, 0f4B400080; mov.b32 d, f;
     prmt.b32 p, a, b, 0x5140; prmt.b32 q, c, d, 0x5140;
-    prmt.b32 $0, p, q, 0x5410; xor.b32 $0, $0, 0x80808080;
-    prmt.b32 $1, p, q, 0x7632; xor.b32 $1, $1, 0x80808080;
-    prmt.b32 p, a, b, 0x6262; prmt.b32 q, c, d, 0x6262;
-    prmt.b32 $2, p, q, 0x5410; }""")
+    prmt.b32 $0, p, q, 0x5410; xor.b32 $0, $0, 0x80808080; prmt.b32 $1, p, q, 0x7632; }""")
 
 
 @gluon.constexpr_function
@@ -231,10 +227,10 @@ def mma(a, b, c, SIGNED: gl.constexpr):
 
 @gluon.jit
 def digits(four, power):
-    """Return three words: the digits -128 .. 127 of 1, 256 and 65536, of four fp32 times a power of two."""
+    """Return two words: the digits -128 .. 127 of 1 and of 256, of four fp32 times a power of two."""
     return gl.inline_asm_elementwise(
-        DIGITS, "=r,=r,=r,f,f,f,f,f", [four[0], four[1], four[2], four[3], power],
-        dtype=(gl.uint32, gl.uint32, gl.uint32), is_pure=True, pack=1,
+        DIGITS, "=r,=r,f,f,f,f,f", [four[0], four[1], four[2], four[3], power], dtype=(gl.uint32, gl.uint32),
+        is_pure=True, pack=1,
     )  # fmt: skip
 
 

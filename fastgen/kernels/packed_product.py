@@ -212,9 +212,9 @@ def unrolled(turns, sets):
 
 
 @gluon.jit
-def joined(low, middle, high):
+def joined(low, high):
     """Return a number from the sums of its digits."""
-    return gl.fma(high, 65536.0, gl.fma(middle, 256.0, low))
+    return gl.fma(high, 256.0, low)
 
 
 @gluon.jit
@@ -227,17 +227,15 @@ def store_sums(totals, address, COLUMNS: gl.constexpr, SETS: gl.constexpr, R: gl
                 first, second = alone(totals[r][0]).to(gl.float32), alone(totals[r][1]).to(gl.float32)
             else:
                 first, second = totals[r][0]
-            first = joined(first, swapped_float(first, 1), swapped_float(first, 2))
-            second = joined(second, swapped_float(second, 1), swapped_float(second, 2))
+            first = joined(first, swapped_float(first, 1))
+            second = joined(second, swapped_float(second, 1))
             store_floats(address + lane // 4 * 8, first, second, (lane % 4 == 0) & (warp >= 0), r * 64)
         for b in gl.static_range(SETS):
-            low, middle, high = floats(totals[r][3 * b]), floats(totals[r][3 * b + 1]), floats(totals[r][3 * b + 2])
+            low, high = floats(totals[r][2 * b]), floats(totals[r][2 * b + 1])
             place, here = address + (lane % 4 * 16 + lane // 4) * 8, (lane >= 0) & (warp >= 0)
             for i in gl.static_range(2):
-                store_floats(
-                    place, joined(low[i], middle[i], high[i]), joined(low[i + 2], middle[i + 2], high[i + 2]), here,
-                    (r * COLUMNS + b * 8 + i) * 64,
-                )  # fmt: skip
+                first, second = joined(low[i], high[i]), joined(low[i + 2], high[i + 2])
+                store_floats(place, first, second, here, (r * COLUMNS + b * 8 + i) * 64)
 
 
 @gluon.jit
@@ -334,7 +332,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
         early = prefetch(row_of, token, here, n, tiles, extra)
         if PLANES == 2:
             scale = gl.load(scales + row_of, mask=tile + tile_of < end, other=0)
-        totals = (((none, none, none, none),) * max(3 * SETS, PLANES),) * R
+        totals = (((none, none, none, none),) * max(2 * SETS, PLANES),) * R
         if SETS == 0 and PLANES == 1:
             totals = (((none, none),),) * R
         for some in range(0, TURNS, unrolled(TURNS, SETS)):
