@@ -49,6 +49,12 @@ def lane_of(WARPS: gl.constexpr):
     return gl.arange(0, 32, gl.SliceLayout(0, L))[None, :], gl.arange(0, WARPS, gl.SliceLayout(1, L))[:, None]
 
 
+@gluon.constexpr_function
+def pieces_of(units):
+    """Return in how many pieces a warp takes its share of a row, two units each."""
+    return (units + 2 * WARPS.value - 1) // (2 * WARPS.value)
+
+
 @gluon.jit
 def unit_of(i):
     """Return the unit of piece i of a warp's share of a row: half of the lanes have one, half the warp's next."""
@@ -61,10 +67,15 @@ def load_row(x, UNITS: gl.constexpr):
     """Return each warp's units of x [128 UNITS], eight values a lane in each of some pieces, zeros behind them."""
     lane, _warp = lane_of(WARPS)
     row = ()
-    for i in gl.static_range((UNITS + 2 * WARPS - 1) // (2 * WARPS)):
-        unit = unit_of(i)
-        row += (load_global(x.to(gl.int64) + (unit * 16 + lane % 16) * 16, unit < UNITS),)
+    for i in gl.static_range(pieces_of(UNITS)):
+        row += (load_piece(x, unit_of(i), lane, UNITS),)
     return row
+
+
+@gluon.jit
+def load_piece(x, unit, lane, UNITS: gl.constexpr):
+    """Return eight values a lane of its unit of x [128 UNITS] as four words, zeros where there is no such unit."""
+    return load_global(x.to(gl.int64) + (unit * 16 + lane % 16) * 16, unit < UNITS)
 
 
 @gluon.jit
@@ -77,42 +88,51 @@ def as_floats(words, BF16: gl.constexpr):
 
 
 @gluon.jit
-def scaled_row(row, gains, BF16: gl.constexpr):
-    """Return a row of x times the gains in fp32, and a lane's largest value without its sign and sum of x's squares."""
-    squares = gl.zeros([WARPS, 32], gl.float32, lanes(WARPS))
-    peak = gl.zeros([WARPS, 32], gl.int32, lanes(WARPS))
+def scaled(row, gains, BF16: gl.constexpr):
+    """Return the pieces of a row as eight fp32 each, times the gains if there are any."""
     values = ()
     for i in gl.static_range(len(row)):
         eight = as_floats(row[i], BF16)
         if gains is not None:
-            gain, scaled = as_floats(gains[i], BF16), ()
+            gain, product = as_floats(gains[i], BF16), ()
             for j in gl.static_range(8):
-                squares += eight[j] * eight[j]
-                scaled += (eight[j] * gain[j],)
-            eight = scaled
-        for j in gl.static_range(8):
-            peak = gl.maximum(peak, eight[j].to(gl.int32, bitcast=True) & 0x7FFFFFFF)
+                product += (eight[j] * gain[j],)
+            eight = product
         values += (eight,)
-    return values, peak, squares
+    return values
 
 
 @gluon.jit
-def power_of(peak):
-    """Return a power of two that brings the largest of a warp's values to 15 bits, and what it is made good with.
+def peak_of(values):
+    """Return a lane's largest value without its sign, as the bits of an fp32, which have the order of the values."""
+    peak = gl.zeros_like(values[0][0]).to(gl.int32)
+    for i in gl.static_range(len(values)):
+        for j in gl.static_range(8):
+            peak = gl.maximum(peak, values[i][j].to(gl.int32, bitcast=True) & 0x7FFFFFFF)
+    return peak
+
+
+@gluon.jit
+def power_of(top):
+    """Return a power of two that brings values up to `top`, of `peak_of`, to 15 bits, and what it is made good with.
 
     From 32639.5 on, a value would round to more than two digits hold, 127 x 257: it counts as the next power of two.
     For an infinite or NaN value the second is NaN.
     """
     TO_NEXT: gl.constexpr = 0x10100  # in the last places of 32639.5 = 1.9921570 x 2^14
-    top = reduced(peak, "max.u32")
     lifted = gl.maximum((gl.minimum(top, 0x7F800000) + TO_NEXT) >> 23, 15)
     factor = ((lifted - 14) << 23).to(gl.float32, bitcast=True)
     return ((268 - lifted) << 23).to(gl.float32, bitcast=True), gl.where(top >= 0x7F800000, float("nan"), factor)
 
 
 @gluon.jit
-def sum_of_squares(squares):
-    """Return a warp's sum of the lanes' squares, in one order."""
+def sum_of_squares(row, BF16: gl.constexpr):
+    """Return the sum of the squares of a warp's share of x, in one order."""
+    squares = gl.zeros_like(row[0][0]).to(gl.float32)
+    for i in gl.static_range(len(row)):
+        eight = as_floats(row[i], BF16)
+        for j in gl.static_range(8):
+            squares += eight[j] * eight[j]
     for i in gl.static_range(5):
         squares += swapped_float(squares, 1 << i)
     return squares
@@ -132,26 +152,25 @@ def sum_of(four):
 
 
 @gluon.jit
-def digits_of(eight, power, GROUPS: gl.constexpr):
+def digits_of(eight, power, lane, GROUPS: gl.constexpr):
     """Return the digits of eight values, two words each, and minus the sums of each digit over the values' group."""
     first = digits((eight[0], eight[1], eight[2], eight[3]), power)
     second = digits((eight[4], eight[5], eight[6], eight[7]), power)
     sums = ()
     if GROUPS > 0:
         for d in gl.static_range(2):
-            sums += (sum_of_group(less_bytes(first[d], less_bytes(second[d], 0)), GROUPS),)
+            sums += (sum_of_group(less_bytes(first[d], less_bytes(second[d], 0)), lane, GROUPS),)
     return first, second, sums
 
 
 @gluon.jit
-def sum_of_group(total, GROUPS: gl.constexpr):
+def sum_of_group(total, lane, GROUPS: gl.constexpr):
     """Return the sum of `total` over the lanes of a group of columns.
 
     Of groups of a unit a warp has two: their sums, of at most 15 bits, are the halves of a single one of all lanes.
     """
     if GROUPS == 1:
-        lane, warp = lane_of(WARPS)
-        half = lane // 16 + warp * 0
+        half = lane // 16 + gl.zeros_like(total)
         both = reduced(total << half * 16, "add.s32")
         return signed_half(both + (half << 15), 0x9910 + half * (0xBB32 - 0x9910))
     else:
@@ -160,50 +179,61 @@ def sum_of_group(total, GROUPS: gl.constexpr):
         return total
 
 
+@gluon.constexpr_function
+def preparing_warps(width):
+    """Return how many warps `prepare_kernel` takes: one for each piece of a share, a power of two."""
+    return 1 << (pieces_of((width + 127) // 128) - 1).bit_length()
+
+
 @gluon.jit
 def prepare_kernel(
     x, norm, blocks, factors, WIDTH: gl.constexpr, GROUPS: gl.constexpr, SETS: gl.constexpr, PDL: gl.constexpr
 ):  # fmt: skip
-    """Grid (tokens): the digits of x [tokens, 128 UNITS] times norm, and what makes the warps' scales good.
+    """Grid (tokens, WARPS): the digits of x [tokens, 128 UNITS] times norm, and what makes the warps' scales good.
 
     blocks [UNITS, digit_bytes] int32: digits [SETS, 2, 2, 32 lanes, 4 words], lane 4g + t with token g; then the sums
     of groups [SETS, GROUPS, 2, 8 tokens], negated; then what fills a line. factors [2, 8 SETS, WARPS] fp32: of each
-    token and warp the factor, and the sum of x's squares if there is a norm.
+    token and warp the factor, and the sum of x's squares if there is a norm. A program makes what is a single warp's in
+    the product, with a warp for each piece: next to nothing runs while it does, so it shall be short.
     """
     UNITS: gl.constexpr = (WIDTH + 127) // 128
     BF16: gl.constexpr = x.dtype.element_ty == gl.bfloat16
     BLOCK: gl.constexpr = digit_bytes(GROUPS, SETS) // 4
-    lane, warp = lane_of(WARPS)
-    gains = None
+    lane, piece = lane_of(preparing_warps(WIDTH))
+    token, warp = gl.program_id(0), gl.program_id(1)
+    half, place = lane // 16 * WARPS + warp, lane % 16
+    unit, gains = piece * (2 * WARPS) + half, None
     if norm is not None:
-        gains = load_row(norm, UNITS)
+        gains = (load_piece(norm, unit, lane, UNITS),)
     if PDL:
         statement("griddepcontrol.launch_dependents;")
         statement("griddepcontrol.wait;")
-    token = gl.program_id(0)
-    values, peak, squares = scaled_row(load_row(x + token * (UNITS * 128), UNITS), gains, BF16)
-    power, factor = power_of(peak)
-    at_warp = factors + token * WARPS + warp + lane * 0
-    gl.store(at_warp, factor, mask=lane == warp * 0)
+    x += token * (UNITS * 128)
+    values = scaled((load_piece(x, unit, lane, UNITS),), gains, BF16)
+    row = ()
     if norm is not None:
-        gl.store(at_warp + SETS * 8 * WARPS, sum_of_squares(squares), mask=lane == warp * 0)
-    for i in gl.static_range(len(values)):
-        first, second, sums = digits_of(values[i], power, GROUPS)
-        unit, place = unit_of(i), lane % 16
-        here = unit < UNITS
-        block = blocks + unit * BLOCK
-        at = token // 8 * 512 + place // 8 * 128 + (token % 8 * 4 + place % 4) * 4 + place // 4 % 2 * 2
-        total = SETS * 512 + (token // 8 * GROUPS + place * GROUPS // 16) * 16 + token % 8
-        for d in gl.static_range(2):
-            gl.store(block + at + d * 256, first[d].to(gl.int32, bitcast=True), mask=here)
-            gl.store(block + at + d * 256 + 1, second[d].to(gl.int32, bitcast=True), mask=here)
-            if GROUPS > 0:
-                gl.store(block + total + d * 8, sums[d], mask=here)
+        for i in gl.static_range(pieces_of(UNITS)):
+            row += (load_piece(x, i * (2 * WARPS) + half + piece * 0, lane, UNITS),)
+    peak = peak_of(values)
+    power, factor = power_of(gl.max(gl.max(peak, axis=1), axis=0) + gl.zeros_like(peak))
+    first, second, sums = digits_of(values[0], power, lane, GROUPS)
+    here, block = unit < UNITS, blocks + unit * BLOCK
+    at = token // 8 * 512 + place // 8 * 128 + (token % 8 * 4 + place % 4) * 4 + place // 4 % 2 * 2
+    total = SETS * 512 + (token // 8 * GROUPS + place * GROUPS // 16) * 16 + token % 8
+    for d in gl.static_range(2):
+        gl.store(block + at + d * 256, first[d].to(gl.int32, bitcast=True), mask=here)
+        gl.store(block + at + d * 256 + 1, second[d].to(gl.int32, bitcast=True), mask=here)
+        if GROUPS > 0:
+            gl.store(block + total + d * 8, sums[d], mask=here)
+    at_warp, once = factors + token * WARPS + warp + unit * 0, (lane == 0) & (piece == 0)
+    gl.store(at_warp, factor, mask=once)
+    if norm is not None:
+        gl.store(at_warp + SETS * 8 * WARPS, sum_of_squares(row, BF16), mask=once)
 
 
 @gluon.jit
 def stage_token(values, power, address, GROUPS: gl.constexpr):
-    """Store one token's digits, [unit, 2 digits, 2, 4 t, 4 words], and the sums of its groups, [unit, group, 4], negated.
+    """Store one token's digits, [unit, 2, 2 halves, 4 t, 4 words], and minus the sums of its groups, [unit, group, 4].
 
     A warp stores what only its own lanes load. Of the two words of a digit that belong to the eight columns of a lane
     t, the first is in the first half.
@@ -211,7 +241,7 @@ def stage_token(values, power, address, GROUPS: gl.constexpr):
     lane, _warp = lane_of(WARPS)
     BLOCK: gl.constexpr = digit_bytes(GROUPS, 0)
     for i in gl.static_range(len(values)):
-        first, second, sums = digits_of(values[i], power, GROUPS)
+        first, second, sums = digits_of(values[i], power, lane, GROUPS)
         place, block = lane % 16, address + unit_of(i) * BLOCK
         at = block + place % 4 * 16 + place // 4 * 4
         for d in gl.static_range(2):

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels import launch
-from fastgen.kernels.fixed_point import WARPS, digit_bytes, prepare_kernel
+from fastgen.kernels.fixed_point import WARPS, digit_bytes, prepare_kernel, preparing_warps
 from fastgen.kernels.head import pick_token_kernel
 from fastgen.kernels.packed import TILE, UNIT, Form, form_of
 from fastgen.kernels.packed_product import fixed_bytes, slot_bytes, stream_product
@@ -126,9 +126,9 @@ def _launch(
         size = digit_bytes(form.groups, sets) // 4
         given = torch.empty(units * size, dtype=torch.int32, device=x.device)
         factors = torch.empty(2, 8 * sets, WARPS.value, dtype=torch.float32, device=x.device)
-        prepare_kernel[(tokens,)](
+        prepare_kernel[(tokens, WARPS.value)](
             x, norm, given, factors, WIDTH=width, GROUPS=form.groups, SETS=sets, PDL=bool(options),
-            num_warps=WARPS.value, **options,
+            num_warps=preparing_warps(width), **options,
         )  # fmt: skip
     grid = (min(tiles, shape.per_processor * launch.processors(x.device)),)
     kernel[grid](

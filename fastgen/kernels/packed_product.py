@@ -29,9 +29,10 @@ from fastgen.kernels.fixed_point import (
     load_row,
     load_token,
     load_tokens,
+    peak_of,
     power_of,
     rms_scale,
-    scaled_row,
+    scaled,
     stage_token,
     sum_of_squares,
     token_places,
@@ -46,6 +47,7 @@ from fastgen.kernels.fragments import (
     load_floats,
     load_four,
     recast,
+    reduced,
     shared_memory,
     statement,
     store_float,
@@ -291,13 +293,13 @@ def stream_product(  # noqa: PLR0912, PLR0915
         REST: gl.constexpr = STAGES - 1 - EARLY
         state = fill(state, to, sources, limits, record, REST, True, UNITS, TURNS, PLANES, GROUPS, ZEROS, SLOT, R)
         row = touched_behind(state[0], row)
-        values, peak, squares = scaled_row(row, gains, BF16)
-        power, factor = power_of(peak)
+        values = scaled(row, gains, BF16)
+        power, factor = power_of(reduced(peak_of(values), "max.u32"))
         stage_token(values, power, x_at, GROUPS)
         warp_barrier()
         store_float(factors_at + warp * 4 + lane * 0, factor, 0)
         if norm is not None:
-            store_float(squares_at + warp * 4 + lane * 0, sum_of_squares(squares), 0)
+            store_float(squares_at + warp * 4 + lane * 0, sum_of_squares(row, BF16), 0)
     else:
         of_columns = gl.arange(0, 2 * WARPS * COLUMNS, PAIRS)
         store_float(factors_at + of_columns * 4, gl.load(factors + of_columns), 0)
