@@ -30,6 +30,7 @@ from fastgen.kernels.fragments import (
     store_word,
     swapped,
     swapped_float,
+    wait_where,
 )
 
 WARPS = gl.constexpr(8)
@@ -68,14 +69,14 @@ def load_row(x, UNITS: gl.constexpr):
     lane, _warp = lane_of(WARPS)
     row = ()
     for i in gl.static_range(pieces_of(UNITS)):
-        row += (load_piece(x, unit_of(i), lane, UNITS),)
+        row += (load_piece(x, unit_of(i), lane, UNITS, True),)
     return row
 
 
 @gluon.jit
-def load_piece(x, unit, lane, UNITS: gl.constexpr):
-    """Return eight values a lane of its unit of x [128 UNITS] as four words, zeros where there is no such unit."""
-    return load_global(x.to(gl.int64) + (unit * 16 + lane % 16) * 16, unit < UNITS)
+def load_piece(x, unit, lane, UNITS: gl.constexpr, here):
+    """Return eight values a lane of its unit of x [128 UNITS] as four words, zeros where there is none or not `here`."""
+    return load_global(x.to(gl.int64) + (unit * 16 + lane % 16) * 16, (unit < UNITS) & here)
 
 
 @gluon.jit
@@ -187,14 +188,18 @@ def preparing_warps(width):
 
 @gluon.jit
 def prepare_kernel(
-    x, norm, blocks, factors, WIDTH: gl.constexpr, GROUPS: gl.constexpr, SETS: gl.constexpr, PDL: gl.constexpr
+    x, norm, blocks, factors, rounds, WIDTH: gl.constexpr, GROUPS: gl.constexpr, SETS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, WARPS): the digits of x [tokens, 128 UNITS] times norm, and what makes the warps' scales good.
 
     blocks [UNITS, digit_bytes] int32: digits [SETS, 2, 2, 32 lanes, 4 words], lane 4g + t with token g; then the sums
     of groups [SETS, GROUPS, 2, 8 tokens], negated; then what fills a line. factors [2, 8 SETS, WARPS] fp32: of each
-    token and warp the factor, and the sum of x's squares if there is a norm. A program makes what is a single warp's in
-    the product, with a warp for each piece: next to nothing runs while it does, so it shall be short.
+    token and warp the factor, and the sum of x's squares if there is a norm.
+
+    Next to nothing else runs meanwhile, so this shall be short: a program makes what is a single warp's in the product,
+    with a warp for each piece. And it does so `rounds` times, of which only the last one is to the point: the others,
+    without loads and stores, bring the code into the cache while the kernel ahead runs.
     """
     UNITS: gl.constexpr = (WIDTH + 127) // 128
     BF16: gl.constexpr = x.dtype.element_ty == gl.bfloat16
@@ -203,32 +208,35 @@ def prepare_kernel(
     token, warp = gl.program_id(0), gl.program_id(1)
     half, place = lane // 16 * WARPS + warp, lane % 16
     unit, gains = piece * (2 * WARPS) + half, None
+    x += token * (UNITS * 128)
+    block = blocks + unit * BLOCK + token // 8 * 512 + place // 8 * 128
+    block, sums_at = block + (token % 8 * 4 + place % 4) * 4 + place // 4 % 2 * 2, blocks + unit * BLOCK + SETS * 512
+    sums_at += (token // 8 * GROUPS + place * GROUPS // 16) * 16 + token % 8
+    at_warp = factors + token * WARPS + warp + unit * 0
     if norm is not None:
-        gains = (load_piece(norm, unit, lane, UNITS),)
+        gains = (load_piece(norm, unit, lane, UNITS, True),)
     if PDL:
         statement("griddepcontrol.launch_dependents;")
-        statement("griddepcontrol.wait;")
-    x += token * (UNITS * 128)
-    values = scaled((load_piece(x, unit, lane, UNITS),), gains, BF16)
-    row = ()
-    if norm is not None:
-        for i in gl.static_range(pieces_of(UNITS)):
-            row += (load_piece(x, i * (2 * WARPS) + half + piece * 0, lane, UNITS),)
-    peak = peak_of(values)
-    power, factor = power_of(gl.max(gl.max(peak, axis=1), axis=0) + gl.zeros_like(peak))
-    first, second, sums = digits_of(values[0], power, lane, GROUPS)
-    here, block = unit < UNITS, blocks + unit * BLOCK
-    at = token // 8 * 512 + place // 8 * 128 + (token % 8 * 4 + place % 4) * 4 + place // 4 % 2 * 2
-    total = SETS * 512 + (token // 8 * GROUPS + place * GROUPS // 16) * 16 + token % 8
-    for d in gl.static_range(2):
-        gl.store(block + at + d * 256, first[d].to(gl.int32, bitcast=True), mask=here)
-        gl.store(block + at + d * 256 + 1, second[d].to(gl.int32, bitcast=True), mask=here)
-        if GROUPS > 0:
-            gl.store(block + total + d * 8, sums[d], mask=here)
-    at_warp, once = factors + token * WARPS + warp + unit * 0, (lane == 0) & (piece == 0)
-    gl.store(at_warp, factor, mask=once)
-    if norm is not None:
-        gl.store(at_warp + SETS * 8 * WARPS, sum_of_squares(row, BF16), mask=once)
+    for i in range(rounds):
+        last, row = i == rounds - 1, ()
+        if PDL:
+            wait_where(last)
+        values = scaled((load_piece(x, unit, lane, UNITS, last),), gains, BF16)
+        if norm is not None:
+            for j in gl.static_range(pieces_of(UNITS)):
+                row += (load_piece(x, j * (2 * WARPS) + half + piece * 0, lane, UNITS, last),)
+        peak = peak_of(values)
+        power, factor = power_of(gl.max(gl.max(peak, axis=1), axis=0) + gl.zeros_like(peak))
+        first, second, sums = digits_of(values[0], power, lane, GROUPS)
+        here, once = (unit < UNITS) & last, (lane == 0) & (piece == 0) & last
+        for d in gl.static_range(2):
+            gl.store(block + d * 256, first[d].to(gl.int32, bitcast=True), mask=here)
+            gl.store(block + d * 256 + 1, second[d].to(gl.int32, bitcast=True), mask=here)
+            if GROUPS > 0:
+                gl.store(sums_at + d * 8, sums[d], mask=here)
+        gl.store(at_warp, factor, mask=once)
+        if norm is not None:
+            gl.store(at_warp + SETS * 8 * WARPS, sum_of_squares(row, BF16), mask=once)
 
 
 @gluon.jit

@@ -73,6 +73,15 @@ def statement(TEXT: gl.constexpr):
 
 
 @gluon.jit
+def wait_where(here):
+    """Wait for the kernel ahead if `here` says so, the same for all lanes; no branch that a compiler could copy code for."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p griddepcontrol.wait; mov.b32 $0, 0; }", "=r,r", [here.to(gl.int32)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def commit():
     """End a group of copies; every lane counts its own."""
     statement("cp.async.commit_group;")

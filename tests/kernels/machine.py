@@ -169,6 +169,8 @@ class Threads:
             if mask.any() and mask is not self._everyone:
                 raise Fault("threads of a program take different ways")
             return str(instruction.operands[0]) if mask is self._everyone else None
+        if not mask.any():
+            return None
         if name in ("bar", "griddepcontrol") or instruction.names[:2] == ("cp", "async"):
             self._asynchronous(instruction, mask)
         elif name in ("ld", "st"):
