@@ -302,7 +302,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
             store_float(squares_at + warp * 4 + lane * 0, sum_of_squares(row, BF16), 0)
     else:
         of_columns = gl.arange(0, 2 * WARPS * COLUMNS, PAIRS)
-        store_float(factors_at + of_columns * 4, gl.load(factors + of_columns), 0)
+        found = gl.load(factors + of_columns)  # in flight while x is asked for
         MIDDLE: gl.constexpr = BLOCK // 1024 * 512
         x_source = x.to(gl.int64) + warp * BLOCK + (lane * 16 + MIDDLE)
         limit = unit + (end - begin + R - 1) // R * (R * UNITS)
@@ -313,6 +313,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
             commit()
             unit, turn = behind(unit, last, UNITS, TURNS, R), gl.where(last, 0, turn + 1)
             x_source += gl.where(last, (1 - TURNS) * (WARPS * BLOCK), WARPS * BLOCK)
+        store_float(factors_at + of_columns * 4, found, 0)
 
     words_at, scales_at, zeros_at = slot_places(ring, PLANES, R)
     if SETS == 0:
