@@ -75,7 +75,7 @@ def load_row(x, UNITS: gl.constexpr):
 
 @gluon.jit
 def load_piece(x, unit, lane, UNITS: gl.constexpr, here):
-    """Return eight values a lane of its unit of x [128 UNITS] as four words, zeros where there is none or not `here`."""
+    """Return eight values a lane of its unit of x [128 UNITS] as four words, zeros where none is or not `here`."""
     return load_global(x.to(gl.int64) + (unit * 16 + lane % 16) * 16, (unit < UNITS) & here)
 
 

@@ -74,7 +74,7 @@ def statement(TEXT: gl.constexpr):
 
 @gluon.jit
 def wait_where(here):
-    """Wait for the kernel ahead if `here` says so, the same for all lanes; no branch that a compiler could copy code for."""
+    """Wait for the kernel ahead if all lanes are `here`; without a branch, for which compilers copy the code behind."""
     gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p griddepcontrol.wait; mov.b32 $0, 0; }", "=r,r", [here.to(gl.int32)],
         dtype=gl.int32, is_pure=False, pack=1,

@@ -41,8 +41,8 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    4: (Shape(2, 160, 1, 128), Shape(2, 200, 1, 128), Shape(2, 190, 1, 168)),
-    8: (Shape(2, 200, 1, 128), Shape(2, 190, 1, 128), Shape(2, 220, 1, 168)),
+    4: (Shape(2, 160, 1, 128), Shape(2, 190, 1, 128), Shape(2, 190, 1, 168)),
+    8: (Shape(2, 200, 1, 128), Shape(2, 220, 1, 128), Shape(2, 220, 1, 128)),
 }
 """By bits, for one token, for up to 8 and up to 16; from sweeps on an H200."""
 
@@ -109,9 +109,9 @@ def _launch(
 ) -> None:  # fmt: skip
     width, form = x.shape[-1], form_of(words, scales)
     tiles, units = words.shape[:2]
-    tokens = x.numel() // width
+    tokens, processors = x.numel() // width, launch.processors(x.device)
     x = x.reshape(tokens, width).contiguous()
-    sets, shape, slots = choose(form, width, tokens, launch.shared_memory(x.device))
+    sets, shape, slots, kept = choose(form, width, tokens, launch.shared_memory(x.device), tiles / processors)
     if slots < 2 and sets == 2:  # on a GPU of little shared memory
         for part in (slice(0, 8), slice(8, tokens)):
             parts = {name: None if all_ is None else all_.view(tokens, -1)[part] for name, all_ in of_tokens.items()}
@@ -130,45 +130,53 @@ def _launch(
             x, norm, given, factors, 2 if options else 1, WIDTH=width, GROUPS=form.groups, SETS=sets,
             PDL=bool(options), num_warps=preparing_warps(width), **options,
         )  # fmt: skip
-    grid = (min(tiles, shape.per_processor * launch.processors(x.device)),)
+    grid = (min(tiles, shape.per_processor * processors),)
     kernel[grid](
         given, norm, factors, words, scales, tokens, n, tiles, 4 * words.shape[2], eps, bias=bias, **of_tokens,
         WIDTH=width, PLANES=form.planes, GROUPS=form.groups, ZEROS=form.zeros, SETS=sets, R=shape.tiles, STAGES=slots,
-        DTYPE=DTYPES[x.dtype], PDL=bool(options), num_warps=WARPS.value, maxnreg=shape.registers, **options,
+        KEPT=kept, DTYPE=DTYPES[x.dtype], PDL=bool(options), num_warps=WARPS.value, maxnreg=shape.registers, **options,
     )  # fmt: skip
 
 
-def choose(form: Form, width: int, tokens: int, memory: int) -> tuple[int, Shape, int]:
-    """Return how many sets of eight tokens a product takes, its shape, and the slots of the ring in `memory` KiB.
+def choose(form: Form, width: int, tokens: int, memory: int, tiles_each: float) -> tuple[int, Shape, int, bool]:
+    """Return how many sets of eight tokens a product takes, its shape, the slots of the ring, and whether x is kept.
 
     There are 0 sets in the form of one token. One token whose x leaves no room for a ring is read as several are.
+
+    Args:
+        memory: shared memory of a program, in KiB.
+        tiles_each: tiles of a multiprocessor. x of more than eight tokens is kept where many of these read it, in all
+            of `memory`: through the ring it would take twice the weights' share of what L2 gives.
     """
     alone, *several = SHAPES[4 * form.planes]
-    slots = _ring_slots(form, width, 0, alone, memory)
+    slots = _ring_slots(form, width, 0, alone, memory, kept=True)
     if tokens == 1 and slots >= 3:
-        return 0, alone, slots
+        return 0, alone, slots, True
     sets = triton.cdiv(tokens, 8)
     shape = several[sets - 1]
-    while shape.tiles > 1 and _ring_slots(form, width, sets, shape, memory) < 2:
+    while shape.tiles > 1 and _ring_slots(form, width, sets, shape, memory, kept=False) < 2:
         shape = shape._replace(tiles=shape.tiles // 2)
-    return sets, shape, _ring_slots(form, width, sets, shape, memory)
+    slots = _ring_slots(form, width, sets, shape._replace(memory=memory), memory, kept=True)
+    if sets == 2 and tiles_each > 2 * shape.tiles and slots >= 3:
+        return sets, shape, slots, True
+    return sets, shape, _ring_slots(form, width, sets, shape, memory, kept=False), False
 
 
-def _ring_slots(form: Form, width: int, sets: int, shape: Shape, memory: int) -> int:
-    left = min(shape.memory, memory) * 1024 - fixed_bytes(width, form.groups, sets, shape.tiles)
-    return int(left // (WARPS.value * slot_bytes(*form, sets, shape.tiles)))
+def _ring_slots(form: Form, width: int, sets: int, shape: Shape, memory: int, *, kept: bool) -> int:
+    left = min(shape.memory, memory) * 1024 - fixed_bytes(width, form.groups, sets, shape.tiles, kept)
+    return int(left // (WARPS.value * slot_bytes(*form, sets, shape.tiles, kept)))
 
 
 @gluon.jit
 def packed_linear_kernel(
     x, norm, factors, words, scales, tokens, n, tiles, record, eps, bias, residual, out, WIDTH: gl.constexpr,
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
-    STAGES: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, residual [tokens, n] or None, out [tokens, n]; the rest as `stream_product` has it."""
     stream_product(
         x, norm, factors, words, scales, tokens, n, tiles, record, eps, _load_residual, _store, (out, bias, residual),
-        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, DTYPE, PDL,
+        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, KEPT, DTYPE, PDL,
     )  # fmt: skip
 
 
@@ -176,12 +184,12 @@ def packed_linear_kernel(
 def packed_swiglu_kernel(
     x, norm, factors, words, scales, tokens, n, tiles, record, eps, bias, out, WIDTH: gl.constexpr,
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
-    STAGES: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, out [tokens, n / 2]; the rest as `stream_product` has it."""
     stream_product(
         x, norm, factors, words, scales, tokens, n, tiles, record, eps, _nothing, _gate_and_store, (out, bias),
-        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, DTYPE, PDL,
+        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, KEPT, DTYPE, PDL,
     )  # fmt: skip
 
 
@@ -189,12 +197,12 @@ def packed_swiglu_kernel(
 def packed_best_kernel(
     x, norm, factors, words, scales, tokens, n, tiles, record, eps, bias, best, ids, WIDTH: gl.constexpr,
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
-    STAGES: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, best and ids [tokens, tiles]; the rest as `stream_product` has it."""
     stream_product(
         x, norm, factors, words, scales, tokens, n, tiles, record, eps, _nothing, _store_best, (best, ids, bias),
-        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, DTYPE, PDL,
+        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, KEPT, DTYPE, PDL,
     )  # fmt: skip
 
 

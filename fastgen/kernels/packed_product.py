@@ -71,18 +71,20 @@ def sums_bytes(tiles, sets):
 
 
 @gluon.constexpr_function
-def slot_bytes(planes, groups, zeros, sets, tiles):
-    """Return the size of a slot of a warp's ring, in whole lines: records, tails, and several tokens' x."""
-    return tiles * 1024 * planes + tails_bytes(groups, zeros, tiles) + (digit_bytes(groups, sets) if sets else 0)
+def slot_bytes(planes, groups, zeros, sets, tiles, kept):
+    """Return the size of a slot of a warp's ring, in whole lines: records, tails, and several tokens' x if not kept."""
+    beside = 0 if sets == 0 or kept else digit_bytes(groups, sets)
+    return tiles * 1024 * planes + tails_bytes(groups, zeros, tiles) + beside
 
 
 @gluon.constexpr_function
-def fixed_bytes(width, groups, sets, tiles):
-    """Return the shared memory beside the ring: the warps' sums twice, their factors and squares, one token's x."""
-    units = (width + 128 * WARPS.value - 1) // (128 * WARPS.value) * WARPS.value
-    alone = (units + 16 - 1) // 16 * 16 * digit_bytes(groups, 0)
+def fixed_bytes(width, groups, sets, tiles, kept):
+    """Return the shared memory beside the ring: the warps' sums twice, their factors and squares, x if it is kept."""
+    step = WARPS.value if sets else 2 * WARPS.value
+    units = ((width + 127) // 128 + step - 1) // step * step
+    x = units * digit_bytes(groups, sets) if kept else 0
     of_columns = 8 * WARPS.value * max(1, 8 * sets)
-    return (2 * WARPS.value * sums_bytes(tiles, sets) + of_columns + (0 if sets else alone) + 127) // 128 * 128
+    return (2 * WARPS.value * sums_bytes(tiles, sets) + of_columns + 127) // 128 * 128 + (x + 127) // 128 * 128
 
 
 @gluon.jit
@@ -250,7 +252,7 @@ def floats(four):
 def stream_product(  # noqa: PLR0912, PLR0915
     x, norm, factors, words, scales, tokens, n, tiles, record, eps, prefetch: gl.constexpr, finish: gl.constexpr, extra,
     WIDTH: gl.constexpr, PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr,
-    R: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
+    R: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Call finish(first, second, early, tile, row, token, here, n, tiles, extra) with each R tiles of the product.
 
@@ -259,22 +261,24 @@ def stream_product(  # noqa: PLR0912, PLR0915
     `prepare_kernel`'s. words and scales: see `packed`. first and second [P] fp32 belong to token[p], and to
     row[p] and row[p] + 8 tiles of n rows; where not here[p], they belong to nothing. `early` is what
     prefetch(row, token, here, n, tiles, extra) has loaded before the sums were made. record: bytes of a record.
+    KEPT: all of x stays in shared memory, always that of one token; else the ring brings it with the weights, for each
+    slot anew.
     """
     UNITS: gl.constexpr = (WIDTH + 127) // 128
     TURNS: gl.constexpr = (UNITS + WARPS - 1) // WARPS
     COLUMNS: gl.constexpr = max(8 * SETS, 1)
     BF16: gl.constexpr = gl.bfloat16 == DTYPE
     BLOCK: gl.constexpr = digit_bytes(GROUPS, SETS)
-    SLOT: gl.constexpr = slot_bytes(PLANES, GROUPS, ZEROS, SETS, R)
-    X_AT: gl.constexpr = slot_bytes(PLANES, GROUPS, ZEROS, 0, R)
+    SLOT: gl.constexpr = slot_bytes(PLANES, GROUPS, ZEROS, SETS, R, KEPT)
+    X_AT: gl.constexpr = 0 if KEPT else slot_bytes(PLANES, GROUPS, ZEROS, 0, R, KEPT)
     SUMS: gl.constexpr = sums_bytes(R, SETS)
-    FIXED: gl.constexpr = fixed_bytes(WIDTH, GROUPS, SETS, R)
+    FIXED: gl.constexpr = fixed_bytes(WIDTH, GROUPS, SETS, R, KEPT)
     EARLY: gl.constexpr = slots_before_wait(STAGES, SLOT) if SETS == 0 else STAGES - 1
     PAIRS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane, warp = lane_of(WARPS)
     memory, address = shared_memory((FIXED + WARPS * STAGES * SLOT + 1023) // 1024 * 1024, WARPS)
     factors_at = address + 2 * WARPS * SUMS  # [column, warp] fp32, and behind them the sums of x's squares
-    squares_at, x_at = factors_at + COLUMNS * 32, factors_at + COLUMNS * 64
+    squares_at, x_at = factors_at + COLUMNS * 32, address + (2 * WARPS * SUMS + COLUMNS * 64 + 127) // 128 * 128
     ring = address + FIXED + warp * (STAGES * SLOT) + lane * 0
     begin = gl.program_id(0) * tiles // gl.num_programs(0)
     end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
@@ -307,17 +311,25 @@ def stream_product(  # noqa: PLR0912, PLR0915
         x_source = x.to(gl.int64) + warp * BLOCK + (lane * 16 + MIDDLE)
         limit = unit + (end - begin + R - 1) // R * (R * UNITS)
         x_limits, turn = (limit, gl.where(lane * 16 < BLOCK % 512, limit, 0)), 0
-        for ahead in range(unknown(STAGES - 1, record)):
-            x_to, last = to + (ahead * SLOT + X_AT), turn == TURNS - 1
+        x_to = x_at + warp * BLOCK + lane * 16 if KEPT else to + X_AT
+        for _ in range(unknown(TURNS if KEPT else STAGES - 1, record)):
+            last = turn == TURNS - 1
             copy(x_to, x_source, unit, x_limits, bytes_of_lane(turn, TURNS - 1, UNITS), BLOCK, 32, MIDDLE)
-            commit()
+            if not KEPT:
+                commit()
             unit, turn = behind(unit, last, UNITS, TURNS, R), gl.where(last, 0, turn + 1)
             x_source += gl.where(last, (1 - TURNS) * (WARPS * BLOCK), WARPS * BLOCK)
+            x_to += WARPS * BLOCK if KEPT else SLOT
+        if KEPT:
+            commit()
         store_float(factors_at + of_columns * 4, found, 0)
 
     words_at, scales_at, zeros_at = slot_places(ring, PLANES, R)
     if SETS == 0:
         digits_at, sums_at = token_places(x_at + warp * BLOCK)
+    elif KEPT:
+        arrive(0)
+        digits_at, sums_at = x_at + warp * BLOCK + lane * 16, x_at + warp * BLOCK + lane % 4 * 8
     else:
         digits_at, sums_at = to, ring + lane % 4 * 8
     p = gl.arange(0, R * COLUMNS * 8, PAIRS)
@@ -350,12 +362,13 @@ def stream_product(  # noqa: PLR0912, PLR0915
                     units += (load_unit(places, r, R, PLANES, GROUPS, ZEROS),)
                 size, last = bytes_of_lane(turn, last_turn, UNITS), turn == last_turn
                 copy_units(to + next_slot, sources, next_unit, limits, size, PLANES, GROUPS, ZEROS, R)
-                if SETS > 0:
+                if not KEPT:
                     copy(to + (next_slot + X_AT), x_source, next_unit, x_limits, size, BLOCK, 32, MIDDLE)
                     x_source += gl.where(last, (1 - TURNS) * (WARPS * BLOCK), WARPS * BLOCK)
                 commit()
                 if SETS > 0:
-                    xs, sums = load_tokens(digits_at + slot, sums_at + slot, X_AT, GROUPS, SETS)
+                    x_slot = turn * (WARPS * BLOCK) if KEPT else slot
+                    xs, sums = load_tokens(digits_at + x_slot, sums_at + x_slot, X_AT, GROUPS, SETS)
                 next_unit = behind(next_unit, last, UNITS, TURNS, R)
                 next_slot = slot
                 slot = gl.where(slot == (STAGES - 1) * SLOT, 0, slot + SLOT)

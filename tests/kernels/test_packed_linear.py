@@ -183,7 +183,8 @@ def test_eight_tokens_fit_every_gpu(memory: int) -> None:
     for form in (Form(1, 1, True), Form(1, 4, True), Form(2, 0, False)):
         for width in (64, 4096, 11008, 28672):
             for tokens in (1, 2, 8):
-                assert packed_linear.choose(form, width, tokens, memory)[2] >= 2
+                for tiles in (1, 100):
+                    assert packed_linear.choose(form, width, tokens, memory, tiles)[2] >= 2
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -213,19 +214,19 @@ def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any], regis
 @compiled_ahead
 @pytest.mark.parametrize(("capability", "pdl"), support.TARGETS)
 @pytest.mark.parametrize(
-    ("name", "tokens", "form"),
+    ("name", "tokens", "form", "tiles"),
     [
-        ("linear", 1, Form(1, 1, True)), ("swiglu", 16, Form(1, 4, False)), ("best", 1, Form(2, 0, False)),
-        ("linear", 8, Form(2, 0, False)),
+        ("linear", 1, Form(1, 1, True), 2), ("swiglu", 16, Form(1, 4, False), 2), ("best", 1, Form(2, 0, False), 60),
+        ("linear", 8, Form(2, 0, False), 2), ("swiglu", 16, Form(1, 1, False), 10),
     ],
 )  # fmt: skip
 def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
-    name: str, tokens: int, form: Form, capability: int, pdl: bool
+    name: str, tokens: int, form: Form, tiles: int, capability: int, pdl: bool
 ) -> None:
-    sets, shape, slots = packed_linear.choose(form, 4096, tokens, 227 if capability == 90 else 163)
+    sets, shape, slots, kept = packed_linear.choose(form, 4096, tokens, 227 if capability == 90 else 163, tiles)
     constants = {
         "WIDTH": 4096, "PLANES": form.planes, "GROUPS": form.groups, "ZEROS": form.zeros, "SETS": sets,
-        "R": shape.tiles, "STAGES": slots, "DTYPE": gl.bfloat16, "PDL": pdl, "bias": None,
+        "R": shape.tiles, "STAGES": slots, "KEPT": kept, "DTYPE": gl.bfloat16, "PDL": pdl, "bias": None,
     }  # fmt: skip
     constants |= {} if sets else {"factors": None}
     compiled = compile_ahead(
@@ -233,12 +234,14 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
     )  # fmt: skip
     ptx, copied = compiled.asm["ptx"], "cp.async.cg.shared.global"
     assert support.usage(compiled)["STACK"] == 0, "no register is spilled"
-    slot = packed_product.slot_bytes(*form, sets, shape.tiles)
-    memory = packed_product.fixed_bytes(4096, form.groups, sets, shape.tiles) + fixed_point.WARPS.value * slots * slot
+    slot = packed_product.slot_bytes(*form, sets, shape.tiles, kept)
+    memory = packed_product.fixed_bytes(4096, form.groups, sets, shape.tiles, kept)
+    memory += fixed_point.WARPS.value * slots * slot
     assert compiled.metadata.shared == triton.cdiv(memory, 1024) * 1024, "nothing else lies in shared memory"
     copies = 2 * form.planes * shape.tiles + (1 if form.groups else 0)
-    copies += triton.cdiv(fixed_point.digit_bytes(form.groups, sets), 512) if sets else 0
-    assert ptx.count(copied) >= 2 * copies, "slots are filled ahead, in a loop, and one in each turn"
+    of_x = triton.cdiv(fixed_point.digit_bytes(form.groups, sets), 512) if sets else 0
+    wanted = 2 * copies + (of_x if kept else 2 * of_x)
+    assert ptx.count(copied) >= wanted, "slots are filled ahead, in a loop, and one in each turn"
     products = ptx[ptx.index("mma.sync") : ptx.rindex("mma.sync")]
     assert products.count("mma.sync.aligned.m16n8k32") >= 3 and "bar.sync" not in products
     assert "ld.shared.v4" in ptx and ".x4.shared" not in ptx, "operands are read as they lie there"
@@ -251,8 +254,8 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
 @compiled_ahead
 def test_more_tails_than_a_warp_copies_at_once_are_refused() -> None:
     constants = {
-        "WIDTH": 4096, "PLANES": 1, "GROUPS": 4, "ZEROS": True, "SETS": 0, "R": 4, "STAGES": 3, "DTYPE": gl.bfloat16,
-        "PDL": True, "bias": None, "factors": None,
+        "WIDTH": 4096, "PLANES": 1, "GROUPS": 4, "ZEROS": True, "SETS": 0, "R": 4, "STAGES": 3, "KEPT": True,
+        "DTYPE": gl.bfloat16, "PDL": True, "bias": None, "factors": None,
     }  # fmt: skip
     with pytest.raises(triton.CompilationError) as refused:
         compile_ahead(packed_linear.packed_linear_kernel, 90, constants, 128)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgen.kernels import packed, packed_linear
+from fastgen.kernels import launch, packed, packed_linear
 from fastgen.kernels.packed import PackedLinear, pack_int4, pack_int8
 from quantize import int4, int8
 from tests.kernels import support
@@ -48,12 +48,16 @@ def linear(
 @compiled_ahead
 @pytest.mark.usefixtures("packed_on_machine")
 @pytest.mark.parametrize(
-    ("form", "width", "dtype"),
-    [("int8", 640, torch.bfloat16), ("g128 zeros", 2304, torch.bfloat16), ("g32 zeros", 1248, torch.float16)],
-)
+    ("form", "width", "dtype", "processors"),
+    [
+        ("int8", 640, torch.bfloat16, 2), ("g128 zeros", 2304, torch.bfloat16, 2),
+        ("g32 zeros", 1248, torch.float16, 2), ("int8", 640, torch.float16, 1), ("g128", 1152, torch.bfloat16, 1),
+    ],
+)  # fmt: skip
 def test_on_the_machine_packed_weights_give_the_same_bits_for_any_tokens(
-    form: str, width: int, dtype: torch.dtype
+    form: str, width: int, dtype: torch.dtype, processors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(launch, "processors", lambda device: processors)  # a single one keeps x in shared memory
     torch.manual_seed(0)
     packed_weight, weight = linear(80, width, form, dtype)
     x, residual = torch.randn(1, 9, width).to(dtype), torch.randn(1, 9, 80).to(dtype)
