@@ -186,9 +186,9 @@ def preparing_warps(width):
     return 1 << (pieces_of((width + 127) // 128) - 1).bit_length()
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rehearsals"])
 def prepare_kernel(
-    x, norm, blocks, factors, rounds, WIDTH: gl.constexpr, GROUPS: gl.constexpr, SETS: gl.constexpr,
+    x, norm, blocks, factors, rehearsals, WIDTH: gl.constexpr, GROUPS: gl.constexpr, SETS: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, WARPS): the digits of x [tokens, 128 UNITS] times norm, and what makes the warps' scales good.
@@ -198,8 +198,8 @@ def prepare_kernel(
     token and warp the factor, and the sum of x's squares if there is a norm.
 
     Next to nothing else runs meanwhile, so this shall be short: a program makes what is a single warp's in the product,
-    with a warp for each piece. And it does so `rounds` times, of which only the last one is to the point: the others,
-    without loads and stores, bring the code into the cache while the kernel ahead runs.
+    with a warp for each piece. And before it waits for the kernel ahead, it goes through its code `rehearsals` times
+    without loads and stores, which brings that into the cache.
     """
     UNITS: gl.constexpr = (WIDTH + 127) // 128
     BF16: gl.constexpr = x.dtype.element_ty == gl.bfloat16
@@ -217,18 +217,18 @@ def prepare_kernel(
         gains = (load_piece(norm, unit, lane, UNITS, True),)
     if PDL:
         statement("griddepcontrol.launch_dependents;")
-    for i in range(rounds):
-        last, row = i == rounds - 1, ()
+    for attempt in range(rehearsals + 1):
+        live, row = attempt == rehearsals, ()
         if PDL:
-            wait_where(last)
-        values = scaled((load_piece(x, unit, lane, UNITS, last),), gains, BF16)
+            wait_where(live)
+        values = scaled((load_piece(x, unit, lane, UNITS, live),), gains, BF16)
         if norm is not None:
-            for j in gl.static_range(pieces_of(UNITS)):
-                row += (load_piece(x, j * (2 * WARPS) + half + piece * 0, lane, UNITS, last),)
+            for i in gl.static_range(pieces_of(UNITS)):
+                row += (load_piece(x, i * (2 * WARPS) + half + piece * 0, lane, UNITS, live),)
         peak = peak_of(values)
         power, factor = power_of(gl.max(gl.max(peak, axis=1), axis=0) + gl.zeros_like(peak))
         first, second, sums = digits_of(values[0], power, lane, GROUPS)
-        here, once = (unit < UNITS) & last, (lane == 0) & (piece == 0) & last
+        here, once = (unit < UNITS) & live, (lane == 0) & (piece == 0) & live
         for d in gl.static_range(2):
             gl.store(block + d * 256, first[d].to(gl.int32, bitcast=True), mask=here)
             gl.store(block + d * 256 + 1, second[d].to(gl.int32, bitcast=True), mask=here)

@@ -127,7 +127,7 @@ def _launch(
         given = torch.empty(units * size, dtype=torch.int32, device=x.device)
         factors = torch.empty(2, 8 * sets, WARPS.value, dtype=torch.float32, device=x.device)
         prepare_kernel[(tokens, WARPS.value)](
-            x, norm, given, factors, 2 if options else 1, WIDTH=width, GROUPS=form.groups, SETS=sets,
+            x, norm, given, factors, 1 if options else 0, WIDTH=width, GROUPS=form.groups, SETS=sets,
             PDL=bool(options), num_warps=preparing_warps(width), **options,
         )  # fmt: skip
     grid = (min(tiles, shape.per_processor * processors),)
