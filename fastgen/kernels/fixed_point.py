@@ -114,6 +114,16 @@ def peak_of(values):
 
 
 @gluon.jit
+def peak_of_warps(values):
+    """Return the largest of the `peak_of` of all lanes of all warps, whatever their number."""
+    peak = reduced(peak_of(values), "max.u32")
+    if peak.shape[0] == 1:
+        return peak
+    else:
+        return gl.max(peak, axis=0)[None, :] + gl.zeros_like(peak)
+
+
+@gluon.jit
 def power_of(top):
     """Return a power of two that brings values up to `top`, of `peak_of`, to 15 bits, and what it is made good with.
 
@@ -191,52 +201,60 @@ def prepare_kernel(
     x, norm, blocks, factors, rehearsals, WIDTH: gl.constexpr, GROUPS: gl.constexpr, SETS: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens, WARPS): the digits of x [tokens, 128 UNITS] times norm, and what makes the warps' scales good.
+    """Grid (tokens, WARPS, 2 with a norm, else 1): the digits of x [tokens, 128 UNITS] times norm, and their factors.
 
     blocks [UNITS, digit_bytes] int32: digits [SETS, 2, 2, 32 lanes, 4 words], lane 4g + t with token g; then the sums
     of groups [SETS, GROUPS, 2, 8 tokens], negated; then what fills a line. factors [2, 8 SETS, WARPS] fp32: of each
-    token and warp the factor, and the sum of x's squares if there is a norm.
+    token and warp what makes its scale good, and the sum of x's squares if there is a norm.
 
     Next to nothing else runs meanwhile, so this shall be short: a program makes what is a single warp's in the product,
-    with a warp for each piece. And before it waits for the kernel ahead, it goes through its code `rehearsals` times
-    without loads and stores, which brings that into the cache.
+    with a warp for each piece; others add up the squares. And before it waits for the kernel ahead, it goes through its
+    code `rehearsals` times without loads and stores, which brings that into the cache.
     """
     UNITS: gl.constexpr = (WIDTH + 127) // 128
     BF16: gl.constexpr = x.dtype.element_ty == gl.bfloat16
-    BLOCK: gl.constexpr = digit_bytes(GROUPS, SETS) // 4
     lane, piece = lane_of(preparing_warps(WIDTH))
     token, warp = gl.program_id(0), gl.program_id(1)
-    half, place = lane // 16 * WARPS + warp, lane % 16
-    unit, gains = piece * (2 * WARPS) + half, None
+    unit, gains = (2 * piece + lane // 16) * WARPS + warp, None
     x += token * (UNITS * 128)
-    block = blocks + unit * BLOCK + token // 8 * 512 + place // 8 * 128
-    block, sums_at = block + (token % 8 * 4 + place % 4) * 4 + place // 4 % 2 * 2, blocks + unit * BLOCK + SETS * 512
-    sums_at += (token // 8 * GROUPS + place * GROUPS // 16) * 16 + token % 8
-    at_warp = factors + token * WARPS + warp + unit * 0
+    factor_at = factors + token * WARPS + warp + unit * 0
     if norm is not None:
         gains = (load_piece(norm, unit, lane, UNITS, True),)
     if PDL:
         statement("griddepcontrol.launch_dependents;")
     for attempt in range(rehearsals + 1):
-        live, row = attempt == rehearsals, ()
+        live = attempt == rehearsals
+        once = (lane == 0) & (piece == 0) & live
         if PDL:
             wait_where(live)
-        values = scaled((load_piece(x, unit, lane, UNITS, live),), gains, BF16)
-        if norm is not None:
-            for i in gl.static_range(pieces_of(UNITS)):
-                row += (load_piece(x, i * (2 * WARPS) + half + piece * 0, lane, UNITS, live),)
-        peak = peak_of(values)
-        power, factor = power_of(gl.max(gl.max(peak, axis=1), axis=0) + gl.zeros_like(peak))
-        first, second, sums = digits_of(values[0], power, lane, GROUPS)
-        here, once = (unit < UNITS) & live, (lane == 0) & (piece == 0) & live
-        for d in gl.static_range(2):
-            gl.store(block + d * 256, first[d].to(gl.int32, bitcast=True), mask=here)
-            gl.store(block + d * 256 + 1, second[d].to(gl.int32, bitcast=True), mask=here)
-            if GROUPS > 0:
-                gl.store(sums_at + d * 8, sums[d], mask=here)
-        gl.store(at_warp, factor, mask=once)
-        if norm is not None:
-            gl.store(at_warp + SETS * 8 * WARPS, sum_of_squares(row, BF16), mask=once)
+        if gl.program_id(2) == 0:
+            values = scaled((load_piece(x, unit, lane, UNITS, live),), gains, BF16)
+            power, factor = power_of(peak_of_warps(values))
+            leave_digits(values[0], power, blocks, unit, token, lane, (unit < UNITS) & live, GROUPS, SETS)
+            gl.store(factor_at, factor, mask=once)
+        if norm is not None:  # noqa: SIM102  (decided when it is compiled)
+            if gl.program_id(2) == 1:
+                row = ()
+                for i in gl.static_range(pieces_of(UNITS)):
+                    row += (load_piece(x, unit + (i - piece) * (2 * WARPS), lane, UNITS, live),)
+                gl.store(factor_at + SETS * 8 * WARPS, sum_of_squares(row, BF16), mask=once)
+
+
+@gluon.jit
+def leave_digits(
+    eight, power, blocks, unit, token, lane, here, GROUPS: gl.constexpr, SETS: gl.constexpr
+):  # fmt: skip
+    """Store a lane's digits of a token and minus the sums of their groups where `prepare_kernel` leaves them."""
+    BLOCK: gl.constexpr = digit_bytes(GROUPS, SETS) // 4
+    first, second, sums = digits_of(eight, power, lane, GROUPS)
+    block, place = blocks + unit * BLOCK, lane % 16
+    at = block + token // 8 * 512 + place // 8 * 128 + (token % 8 * 4 + place % 4) * 4 + place // 4 % 2 * 2
+    sums_at = block + SETS * 512 + (token // 8 * GROUPS + place * GROUPS // 16) * 16 + token % 8
+    for d in gl.static_range(2):
+        gl.store(at + d * 256, first[d].to(gl.int32, bitcast=True), mask=here)
+        gl.store(at + d * 256 + 1, second[d].to(gl.int32, bitcast=True), mask=here)
+        if GROUPS > 0:
+            gl.store(sums_at + d * 8, sums[d], mask=here)
 
 
 @gluon.jit

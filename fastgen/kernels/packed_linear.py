@@ -126,7 +126,7 @@ def _launch(
         size = digit_bytes(form.groups, sets) // 4
         given = torch.empty(units * size, dtype=torch.int32, device=x.device)
         factors = torch.empty(2, 8 * sets, WARPS.value, dtype=torch.float32, device=x.device)
-        prepare_kernel[(tokens, WARPS.value)](
+        prepare_kernel[(tokens, WARPS.value, 1 if norm is None else 2)](
             x, norm, given, factors, 1 if options else 0, WIDTH=width, GROUPS=form.groups, SETS=sets,
             PDL=bool(options), num_warps=preparing_warps(width), **options,
         )  # fmt: skip
