@@ -43,6 +43,7 @@ class Graphs:
     def forget(self) -> None:
         """Drop all graphs: the tensors that they read are gone."""
         self._graphs.clear()
+        self._pool = None  # PyTorch refuses captures in a pool whose graphs are gone while somebody holds a result
 
     def run(self, case: object, work: Callable[[], Result], state: Iterable[Tensor]) -> Result:
         """Do `work`, which reads static tensors alone and moves those of `state` on.

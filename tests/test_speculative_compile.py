@@ -149,3 +149,16 @@ def test_engines_that_take_turns_capture_nothing_within_a_text() -> None:
     found = [engine.generate([PROMPTS[0]], GREEDY)[0].tokens for engine in (plain, speculative, plain, speculative)]
     assert found == found[:1] * 4
     assert plain.recompiles == speculative.recompiles == 0
+
+
+@pytest.mark.gpu
+def test_a_text_that_was_left_in_the_middle_hinders_no_other_engine() -> None:
+    target, draft = kernel_models("fused")
+    plain = Engine(target, max_seq_len=400, compile=True)
+    speculative = SpeculativeEngine(target, Speculation(draft=draft, count=3), max_seq_len=400, compile=True)
+    held, found = [], []
+    for engine in (plain, speculative, plain, speculative):
+        text = engine.tokens(engine.encode([PROMPTS[0]]), GREEDY, samples=[0])
+        held.append((text, [next(text) for _ in range(20)]))
+        found.append(engine.generate([PROMPTS[0]], GREEDY)[0].tokens)
+    assert found == found[:1] * 4
