@@ -3,8 +3,9 @@
 x times the norm's gain becomes a fixed-point number of 16 bits: two digits of base 256, -128 .. 127. A warp takes every
 WARPS-th unit of 128 columns, and scales those of a token by a power of two so that their largest value takes 15 bits
 and a sign: no warp waits for another. What is rounded away comes to 2^-15.8 of the largest value at most (root mean
-square): of normally distributed ones to a fortieth of what bf16's rounding of each does. Beside one that is larger
-than all others together, 1,376 of them (K = 11,008) add up to as much as bf16's rounding of the result.
+square): of normally distributed ones to about a fortieth of what bf16's rounding of each does. Beside one that is
+larger than all others together, 1,376 of them (K = 11,008) add up to a third of what bf16's rounding of the result
+does, over all rows; in rows that hardly weigh that one, to several times as much.
 
 One token's digits lie in shared memory, made by every program (`stage_token`); those of several are made before
 (`prepare_kernel`). Both serve as the columns of mma.m16n8k32: of one token, the digits are columns of one product;
@@ -192,7 +193,9 @@ def sum_of_group(total, lane, GROUPS: gl.constexpr):
 
 @gluon.constexpr_function
 def preparing_warps(width):
-    """Return how many warps `prepare_kernel` takes: one for each piece of a share, a power of two."""
+    """Return how many warps `prepare_kernel` takes: one for each piece of a share, a power of two; at most 32 for
+    `launch.MAX_COLUMNS`.
+    """
     return 1 << (pieces_of((width + 127) // 128) - 1).bit_length()
 
 
@@ -203,9 +206,9 @@ def prepare_kernel(
 ):  # fmt: skip
     """Grid (tokens, WARPS, 2 with a norm, else 1): the digits of x [tokens, 128 UNITS] times norm, and their factors.
 
-    blocks [UNITS, digit_bytes] int32: digits [SETS, 2, 2, 32 lanes, 4 words], lane 4g + t with token g; then the sums
-    of groups [SETS, GROUPS, 2, 8 tokens], negated; then what fills a line. factors [2, 8 SETS, WARPS] fp32: of each
-    token and warp what makes its scale good, and the sum of x's squares if there is a norm.
+    blocks [UNITS, digit_bytes / 4] int32: digits [SETS, 2, 2, 32 lanes, 4 words], lane 4g + t with token g; then the
+    sums of groups [SETS, GROUPS, 2, 8 tokens], negated; then what fills a line. factors [2, 8 SETS, WARPS] fp32: of
+    each token and warp what makes its scale good, and the sum of x's squares if there is a norm.
 
     Next to nothing else runs meanwhile, so this shall be short: a program makes what is a single warp's in the product,
     with a warp for each piece; others add up the squares. And before it waits for the kernel ahead, it goes through its
@@ -234,9 +237,9 @@ def prepare_kernel(
             gl.store(factor_at, factor, mask=once)
         if norm is not None:  # noqa: SIM102  (decided when it is compiled)
             if gl.program_id(2) == 1:
-                row = ()
+                row, alone = (), live & (piece == 0)  # one warp adds up, in the order of one token
                 for i in gl.static_range(pieces_of(UNITS)):
-                    row += (load_piece(x, unit + (i - piece) * (2 * WARPS), lane, UNITS, live),)
+                    row += (load_piece(x, unit + i * (2 * WARPS), lane, UNITS, alone),)
                 gl.store(factor_at + SETS * 8 * WARPS, sum_of_squares(row, BF16), mask=once)
 
 

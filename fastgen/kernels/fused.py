@@ -30,7 +30,8 @@ def covers(model: nn.Module, tokens: int) -> bool:
     """Whether every stage of a model runs as a kernel for `tokens` tokens."""
     linears = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in LINEARS]
     kernels = all(
-        isinstance(linear, PackedLinear) or (isinstance(linear, nn.Linear) and _narrow(linear.weight))
+        (isinstance(linear, PackedLinear) or (isinstance(linear, nn.Linear) and _narrow(linear.weight)))
+        and linear.in_features <= launch.MAX_COLUMNS
         for linear in linears
     )
     return kernels and tokens <= launch.MAX_TOKENS
@@ -152,7 +153,8 @@ def _packed_linear(
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
     tokens = x.numel() // x.shape[-1]
-    return _narrow(x) and weight.dtype == x.dtype and tokens <= launch.MAX_TOKENS
+    few = tokens <= launch.MAX_TOKENS and x.shape[-1] <= launch.MAX_COLUMNS
+    return few and _narrow(x) and weight.dtype == x.dtype
 
 
 def _streams(x: Tensor, weight: Tensor) -> bool:

@@ -20,6 +20,9 @@ from fastgen.kernels import product
 MAX_TOKENS = 16
 """Tokens (texts x new tokens) that the kernels take at once; more is a matter for tensor-core matmuls."""
 
+MAX_COLUMNS = 1 << 16
+"""Columns of a linear that the kernels take: of packed weights, a program has a warp for each 2,048 at times."""
+
 MAX_CELLS = 1 << 14
 
 

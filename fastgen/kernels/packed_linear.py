@@ -1,5 +1,5 @@
-"""The stages whose linear has int4 or int8 weights, for up to 16 tokens in one launch each; RMSNorm of several is one
-more.
+"""The stages whose linear has int4 or int8 weights, for up to 16 tokens in one launch each; several tokens take one
+more, which prepares them.
 
 `packed_linear` is norm_linear, linear_add and head: y = W rms_norm(x) + b + r, each part optional. `packed_swiglu` is
 norm_swiglu and `packed_greedy_head` the head with its argmax. How: `fastgen.kernels.packed_product`; what `words` and
@@ -29,7 +29,8 @@ class Shape(NamedTuple):
 
     Attributes:
         tiles: tiles of 16 rows in a slot of the ring.
-        memory: shared memory that a program takes, in KiB; what x and the sums leave is the ring's.
+        memory: shared memory that a program takes, in KiB; what x and the sums leave is the ring's. Where x of several
+            tokens is kept, it is all there is.
         per_processor: programs on each multiprocessor.
         registers: a thread may take.
     """
@@ -38,6 +39,19 @@ class Shape(NamedTuple):
     memory: int
     per_processor: int
     registers: int
+
+
+class Choice(NamedTuple):
+    """How a product is launched: sets of eight tokens, 0 in the form of one token, and the slots of the ring.
+
+    Attributes:
+        kept: whether x stays in shared memory.
+    """
+
+    sets: int
+    shape: Shape
+    slots: int
+    kept: bool
 
 
 SHAPES = {
@@ -117,9 +131,9 @@ def _launch(
             parts = {name: None if all_ is None else all_.view(tokens, -1)[part] for name, all_ in of_tokens.items()}
             _launch(kernel, x[part], norm, eps, words, scales, n, bias=bias, **parts)
         return
-    if width % UNIT:
-        x = F.pad(x, (0, units * UNIT - width))
+    if width % UNIT:  # the norm first: kernels read it before they wait for the one ahead, which pads x
         norm = None if norm is None else F.pad(norm, (0, units * UNIT - width))
+        x = F.pad(x, (0, units * UNIT - width))
     options = launch.dependent_launch(x.device)
     given, factors = x, None
     if sets:
@@ -138,28 +152,28 @@ def _launch(
     )  # fmt: skip
 
 
-def choose(form: Form, width: int, tokens: int, memory: int, tiles_each: float) -> tuple[int, Shape, int, bool]:
-    """Return how many sets of eight tokens a product takes, its shape, the slots of the ring, and whether x is kept.
-
-    There are 0 sets in the form of one token. One token whose x leaves no room for a ring is read as several are.
+def choose(form: Form, width: int, tokens: int, memory: int, tiles_each: float) -> Choice:
+    """Return how to multiply `tokens` tokens; one whose x leaves no room for a ring is read as several are.
 
     Args:
         memory: shared memory of a program, in KiB.
-        tiles_each: tiles of a multiprocessor. x of more than eight tokens is kept where many of these read it, in all
-            of `memory`: through the ring it would take twice the weights' share of what L2 gives.
+        tiles_each: tiles of a multiprocessor. x of more than eight tokens is kept where a program would read it more
+            than twice: through the ring it takes as much of what L2 gives as int8 weights, and twice as much as int4's
+            (for fewer tokens, and with fewer slots, it was no faster on an H200).
     """
     alone, *several = SHAPES[4 * form.planes]
     slots = _ring_slots(form, width, 0, alone, memory, kept=True)
     if tokens == 1 and slots >= 3:
-        return 0, alone, slots, True
+        return Choice(0, alone, slots, kept=True)
     sets = triton.cdiv(tokens, 8)
     shape = several[sets - 1]
     while shape.tiles > 1 and _ring_slots(form, width, sets, shape, memory, kept=False) < 2:
         shape = shape._replace(tiles=shape.tiles // 2)
-    slots = _ring_slots(form, width, sets, shape._replace(memory=memory), memory, kept=True)
-    if sets == 2 and tiles_each > 2 * shape.tiles and slots >= 3:
-        return sets, shape, slots, True
-    return sets, shape, _ring_slots(form, width, sets, shape, memory, kept=False), False
+    if sets == 2 and tiles_each > 2 * shape.tiles:
+        slots = _ring_slots(form, width, sets, shape._replace(memory=memory), memory, kept=True)
+        if slots >= 3:
+            return Choice(sets, shape, slots, kept=True)
+    return Choice(sets, shape, _ring_slots(form, width, sets, shape, memory, kept=False), kept=False)
 
 
 def _ring_slots(form: Form, width: int, sets: int, shape: Shape, memory: int, *, kept: bool) -> int:

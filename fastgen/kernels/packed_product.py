@@ -73,7 +73,7 @@ def sums_bytes(tiles, sets):
 @gluon.constexpr_function
 def slot_bytes(planes, groups, zeros, sets, tiles, kept):
     """Return the size of a slot of a warp's ring, in whole lines: records, tails, and several tokens' x if not kept."""
-    beside = 0 if sets == 0 or kept else digit_bytes(groups, sets)
+    beside = 0 if kept else digit_bytes(groups, sets)
     return tiles * 1024 * planes + tails_bytes(groups, zeros, tiles) + beside
 
 
@@ -270,7 +270,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
     BF16: gl.constexpr = gl.bfloat16 == DTYPE
     BLOCK: gl.constexpr = digit_bytes(GROUPS, SETS)
     SLOT: gl.constexpr = slot_bytes(PLANES, GROUPS, ZEROS, SETS, R, KEPT)
-    X_AT: gl.constexpr = 0 if KEPT else slot_bytes(PLANES, GROUPS, ZEROS, 0, R, KEPT)
+    X_AT: gl.constexpr = 0 if KEPT else slot_bytes(PLANES, GROUPS, ZEROS, SETS, R, True)
     SUMS: gl.constexpr = sums_bytes(R, SETS)
     FIXED: gl.constexpr = fixed_bytes(WIDTH, GROUPS, SETS, R, KEPT)
     EARLY: gl.constexpr = slots_before_wait(STAGES, SLOT) if SETS == 0 else STAGES - 1

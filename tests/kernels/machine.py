@@ -66,6 +66,7 @@ class OnMachine:
     def _launch(
         self, grid: tuple[int, ...], *positional: Any, num_warps: int = 4, launch_pdl: bool = False, **named: Any
     ) -> None:
+        assert num_warps <= 32, "a program has 1,024 threads at most"
         values = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
         constants, kinds = _specialized(self.kernel, values)
         compiled = _compiled(self.kernel, 90 if launch_pdl else 80, kinds, constants, num_warps)
@@ -169,7 +170,7 @@ class Threads:
             if mask.any() and mask is not self._everyone:
                 raise Fault("threads of a program take different ways")
             return str(instruction.operands[0]) if mask is self._everyone else None
-        if not mask.any():
+        if not mask.any():  # what nobody executes asks nothing of anybody
             return None
         if name in ("bar", "griddepcontrol") or instruction.names[:2] == ("cp", "async"):
             self._asynchronous(instruction, mask)

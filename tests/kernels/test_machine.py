@@ -6,7 +6,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fastgen.kernels.fragments import arrived, barrier, commit, lanes, load_four, statement
+from fastgen.kernels.fragments import arrived, barrier, commit, lanes, load_four, statement, wait_where
 from fastgen.kernels.ring import (
     copy_rows,
     load_words,
@@ -32,6 +32,15 @@ def shift_kernel(x, out, BY: gl.constexpr, EARLY: gl.constexpr):
         statement("griddepcontrol.wait;")
         value = gl.load(x + at + BY)
     gl.store(out + at, value)
+
+
+@gluon.jit
+def maybe_waiting_kernel(x, out, here, HALF: gl.constexpr):
+    """out[i] = x[i], behind a wait that happens if here is not 0, of every second thread if HALF."""
+    warp = gl.arange(0, 2, gl.SliceLayout(1, lanes(2)))[:, None]
+    lane = gl.arange(0, 32, gl.SliceLayout(0, lanes(2)))[None, :] + warp * 0
+    wait_where((lane % 2 + (0 if HALF else 1) > 0) & (here != 0))
+    gl.store(out + warp * 32 + lane, gl.load(x + warp * 32 + lane))
 
 
 @gluon.jit
@@ -111,6 +120,20 @@ def test_what_the_kernel_ahead_writes_is_read_after_the_wait_alone() -> None:
         shifted(0, early=True)
     with pytest.raises(Fault, match="a store before griddepcontrol"):
         OnMachine(early_store_kernel)[(1,)](torch.empty(64), num_warps=2, launch_pdl=True)
+
+
+def test_an_instruction_that_no_thread_executes_has_no_effect_and_one_that_some_execute_is_refused() -> None:
+    def waited(here: int, *, half: bool) -> torch.Tensor:
+        x, out = torch.arange(64.0), torch.empty(64)
+        machine = OnMachine(maybe_waiting_kernel, ahead=("x",))
+        machine[(1,)](x, out, here, HALF=half, num_warps=2, launch_pdl=True)
+        return out
+
+    assert torch.equal(waited(2, half=False), torch.arange(64.0))
+    with pytest.raises(Fault, match=r"is read before griddepcontrol.wait"):
+        waited(0, half=False)
+    with pytest.raises(Fault, match="some threads skip it"):
+        waited(2, half=True)
 
 
 def test_memory_outside_of_tensors_is_not_touched() -> None:

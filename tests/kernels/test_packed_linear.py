@@ -102,7 +102,7 @@ def test_odd_sizes(out: int, width: int) -> None:
 @on_gpu
 @pytest.mark.parametrize("form", ["int8", "g32", "g128 zeros"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("out", "width"), [(112, 128), (4096, 4096), (512, 11008), (128, 28672)])
+@pytest.mark.parametrize(("out", "width"), [(112, 128), (4096, 4096), (16384, 2048), (512, 11008), (128, 28672)])
 def test_a_token_has_the_same_bits_among_others(out: int, width: int, dtype: torch.dtype, form: str) -> None:
     x, norm, residual = inputs(out, width, 16, dtype)
     packed = linear(out, width, form, dtype)
@@ -179,12 +179,19 @@ def test_little_shared_memory_changes_no_bits(form: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("memory", [99, 163, 227])
-def test_eight_tokens_fit_every_gpu(memory: int) -> None:
+def test_eight_tokens_fit_every_gpu_and_sixteen_the_larger_ones(memory: int) -> None:
     for form in (Form(1, 1, True), Form(1, 4, True), Form(2, 0, False)):
         for width in (64, 4096, 11008, 28672):
-            for tokens in (1, 2, 8):
+            for tokens in (1, 2, 8, 16):
                 for tiles in (1, 100):
-                    assert packed_linear.choose(form, width, tokens, memory, tiles)[2] >= 2
+                    chosen = packed_linear.choose(form, width, tokens, memory, tiles)
+                    assert chosen.slots >= 2 or (tokens == 16 and memory == 99)
+                    room = memory * 1024 - packed_product.fixed_bytes(
+                        width, form.groups, chosen.sets, chosen.shape.tiles, chosen.kept
+                    )
+                    assert room >= fixed_point.WARPS.value * chosen.slots * packed_product.slot_bytes(
+                        *form, chosen.sets, chosen.shape.tiles, chosen.kept
+                    )  # fmt: skip
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -216,8 +223,9 @@ def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any], regis
 @pytest.mark.parametrize(
     ("name", "tokens", "form", "tiles"),
     [
-        ("linear", 1, Form(1, 1, True), 2), ("swiglu", 16, Form(1, 4, False), 2), ("best", 1, Form(2, 0, False), 60),
+        ("linear", 1, Form(1, 1, True), 2), ("swiglu", 16, Form(1, 4, False), 2), ("best", 1, Form(2, 0, False), 2),
         ("linear", 8, Form(2, 0, False), 2), ("swiglu", 16, Form(1, 1, False), 10),
+        ("linear", 16, Form(2, 0, False), 2),
     ],
 )  # fmt: skip
 def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastgen.kernels import launch, packed, packed_linear
-from fastgen.kernels.packed import PackedLinear, pack_int4, pack_int8
+from fastgen.kernels.packed import PackedLinear, form_of, pack_int4, pack_int8
 from quantize import int4, int8
 from tests.kernels import support
 from tests.kernels.machine import OnMachine, Threads
@@ -57,9 +57,11 @@ def linear(
 def test_on_the_machine_packed_weights_give_the_same_bits_for_any_tokens(
     form: str, width: int, dtype: torch.dtype, processors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "processors", lambda device: processors)  # a single one keeps x in shared memory
+    monkeypatch.setattr(launch, "processors", lambda device: processors)
     torch.manual_seed(0)
     packed_weight, weight = linear(80, width, form, dtype)
+    how = packed_linear.choose(form_of(packed_weight.words, packed_weight.scales), width, 9, 227, 5 / processors)
+    assert how.kept == (processors == 1), "a single multiprocessor reads x often enough to keep it"
     x, residual = torch.randn(1, 9, width).to(dtype), torch.randn(1, 9, 80).to(dtype)
     norm = support.norm(width, dtype=dtype, device="cpu")
     assert packed_weight.bias is not None
@@ -82,8 +84,9 @@ def test_on_the_machine_each_warps_columns_have_16_bits_of_their_largest_value(t
     torch.manual_seed(2)
     weight, x = torch.randn(16, 8 * 128), torch.randn(1, tokens, 8 * 128).bfloat16()
     units = x.view(tokens, 8, 128)
-    units[:, 0, 5], units[:, 1, 5], units[:, 2, 5], units[:, 3], units[:, 4] = 1e8, -254, 255, 0, 3e-39
-    weight[:8, :128] = 0  # the huge value is in the last rows alone
+    units[:, 0, 5], units[:, 1, 5], units[:, 2, 5], units[:, 3] = 1e8, -254, 255, 0
+    units[:, 4] *= 2.0**-113  # of which no factor is left to make 15 bits of
+    weight[:12, :128], weight[:4, : 4 * 128], weight[:4, 5 * 128 :] = 0, 0, 0  # rows without what is larger by far
     largest = units.double().abs().amax(2, keepdim=True)
     step = 2 ** (torch.floor(torch.log2(largest * (32768 / 32639.5))) - 14).clamp(min=-126)
     rounded = (torch.round(units.double() / step) * step).view(1, tokens, -1)
@@ -93,6 +96,44 @@ def test_on_the_machine_each_warps_columns_have_16_bits_of_their_largest_value(t
     y = packed_linear.packed_linear(x, None, 0.0, *arguments)
     exact = rounded @ (q.double() * scale.double().view(16, 1)).T
     torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=0)
+
+
+@compiled_ahead
+@pytest.mark.usefixtures("packed_on_machine")
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_on_the_machine_what_would_round_to_more_than_two_digits_takes_one_bit_less(tokens: int) -> None:
+    torch.manual_seed(3)
+    x, norm = torch.randn(1, tokens, 128).half(), support.norm(128, dtype=torch.float16, device="cpu")
+    x[..., 7], norm.weight[7] = 83, 1573  # 4 x 32639.75
+    weight = torch.randn(16, 128)
+    q, scale = int8.quantize(weight, torch.float16)
+    packed_weight = pack_int8(q, scale, None)
+    arguments = (packed_weight.words, packed_weight.scales, None, None, 16, True)
+    y = packed_linear.packed_linear(x, norm.weight, 1e-5, *arguments)
+    rounded = torch.round(x.double() * norm.weight.double() / 8) * 8
+    rms = (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    torch.testing.assert_close(
+        y.double(), rounded * rms @ (q.double() * scale.double().view(16, 1)).T, rtol=1e-5, atol=0
+    )
+
+
+@compiled_ahead
+@pytest.mark.usefixtures("packed_on_machine")
+def test_on_the_machine_nan_and_infinity_stay_with_their_token() -> None:
+    torch.manual_seed(4)
+    packed_weight, _ = linear(16, 256, "g128")
+    arguments = (packed_weight.words, packed_weight.scales, packed_weight.bias, None, 16, True)
+    x = torch.randn(1, 4, 256).bfloat16()
+    clean = packed_linear.packed_linear(x, None, 0.0, *arguments)
+    x[0, 1, 3], x[0, 2, 200] = float("nan"), float("-inf")
+    y = packed_linear.packed_linear(x, None, 0.0, *arguments)
+    assert torch.equal(y[0, ::3], clean[0, ::3])
+    for wrong in (
+        y[0, 1],
+        y[0, 2],
+        *(packed_linear.packed_linear(x[:, n : n + 1], None, 0.0, *arguments) for n in (1, 2)),
+    ):
+        assert wrong.isnan().all()
 
 
 @compiled_ahead
@@ -110,11 +151,12 @@ def test_on_the_machine_the_packed_greedy_head_takes_the_largest_logit() -> None
 
 @compiled_ahead
 @pytest.mark.usefixtures("packed_on_machine")
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize(("tokens", "processors"), [(1, 2), (9, 2), (9, 1)])
 @pytest.mark.parametrize("form", ["int8", "g128 zeros"])
 def test_on_the_machine_a_line_of_memory_is_copied_into_a_line_of_shared_memory(
-    form: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+    form: str, tokens: int, processors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(launch, "processors", lambda device: processors)
     copy, lines = Threads._copy, list[int]()
 
     def observed(self: Threads, to: Any, source: Any, size: int, rest: Any, mask: Any) -> None:
