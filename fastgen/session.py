@@ -115,7 +115,7 @@ def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases, *, c
             raise UsageError("--cache-dir: only with --compile")
         return
     folder = use_cache(Path(cache_dir), _compile_facts(engine, options), _noting(phases)) if cache_dir else None
-    with phases.phase("compile", "(first run 10 to 60 s, later a few)") as advance:
+    with phases.phase("compile", "(first run 10 to 120 s, later a few)") as advance:
         engine.warm_up(options, advance)
     if folder:
         seal(folder)
