@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from fastgen.completion import Completion
+from fastgen.costs import parameter_count
 from fastgen.device import describe
 from fastgen.engine import Engine, Timings
 from fastgen.kernels.bandwidth import measure_read_bandwidth
@@ -160,7 +161,7 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
 
 def summary(model: LoadedModel, metrics: Metrics) -> str:
     """Return the metrics as the lines that end a run."""
-    parameters = sum(parameter.numel() for parameter in model.transformer.parameters())
+    parameters = parameter_count(model.config)
     dtype = str(model.placement.dtype).removeprefix("torch.")
     lines = [
         f"load       {metrics.load_seconds:.2f} s: {parameters / 1e6:.0f}M parameters, {dtype} "

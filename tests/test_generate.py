@@ -42,6 +42,15 @@ def test_the_text_goes_to_stdout_and_the_figures_to_stderr(folder: Path, capsys:
         assert figure in err and figure not in out
 
 
+@pytest.mark.parametrize(("flags", "count"), [((), "4M"), (("--quant", "int8"), "5M"), (("--quant", "int4"), "5M")])
+def test_weights_are_counted_whatever_their_format(
+    flags: tuple[str, ...], count: str, capsys: pytest.CaptureFixture
+) -> None:
+    """4,427,520 weights, and 2,048 x 256 more where the head is quantized, and so no longer the embedding."""
+    assert generate.main(["--model", "stories", "--device", "cpu", "--max-new-tokens", "1", *flags]) == 0
+    assert f": {count} parameters" in capsys.readouterr().err
+
+
 def test_json_is_one_documented_line(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(folder, "--prompt", "hello", "--ignore-eos", "--json", "--num-samples", "2", "--temperature", "1") == 0
     (line,) = capsys.readouterr().out.splitlines()
