@@ -68,12 +68,6 @@ def costs(config: ModelConfig, *, group_size: int = 128) -> list[Cost]:
     return [_cost(model, name, group_size) for name in PLAIN_BITS]
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """Return how many weights a model has, in whatever format and shares it is held; tied ones count once."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Transformer(config).parameters())
-
-
 def matrix_bits(rows: int, columns: int, weight_format: str, group_size: int = 128) -> int:
     """Return the bits of a weight matrix, each of whose rows is quantized on its own."""
     if weight_format == "int4":

@@ -189,6 +189,12 @@ class Transformer(nn.Module):
         return 2 * seen * self.config.kv_dim * element
 
 
+def parameter_count(config: ModelConfig) -> int:
+    """Return how many weights a model has, in whatever format and shares it is held; tied ones count once."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Transformer(config).parameters())
+
+
 def tensor_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor's elements take."""
     return tensor.numel() * tensor.element_size()

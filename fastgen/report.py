@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from fastgen.completion import Completion
-from fastgen.costs import parameter_count
 from fastgen.device import describe
 from fastgen.engine import Engine, Timings
 from fastgen.kernels.bandwidth import measure_read_bandwidth
 from fastgen.load import LoadedModel
+from fastgen.model import parameter_count
 from fastgen.speculative import SpeculativeEngine
 from fastgen.staged import require_writable, staged_file
 from fastgen.tally import SpeculationMetrics
@@ -161,10 +161,9 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
 
 def summary(model: LoadedModel, metrics: Metrics) -> str:
     """Return the metrics as the lines that end a run."""
-    parameters = parameter_count(model.config)
     dtype = str(model.placement.dtype).removeprefix("torch.")
     lines = [
-        f"load       {metrics.load_seconds:.2f} s: {parameters / 1e6:.0f}M parameters, {dtype} "
+        f"load       {metrics.load_seconds:.2f} s: {parameter_count(model.config) / 1e6:.0f}M parameters, {dtype} "
         f"({model.placement.reason}), {describe(model.placement.device)}",
     ]
     if metrics.prefill_tokens_per_second is None or metrics.time_to_first_token_seconds is None:

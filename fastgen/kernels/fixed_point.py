@@ -58,19 +58,18 @@ def pieces_of(units):
 
 
 @gluon.jit
-def unit_of(i):
+def unit_of(i, lane, warp):
     """Return the unit of piece i of a warp's share of a row: half of the lanes have one, half the warp's next."""
-    lane, warp = lane_of(WARPS)
     return (2 * i + lane // 16) * WARPS + warp
 
 
 @gluon.jit
 def load_row(x, UNITS: gl.constexpr):
     """Return each warp's units of x [128 UNITS], eight values a lane in each of some pieces, zeros behind them."""
-    lane, _warp = lane_of(WARPS)
+    lane, warp = lane_of(WARPS)
     row = ()
     for i in gl.static_range(pieces_of(UNITS)):
-        row += (load_piece(x, unit_of(i), lane, UNITS, True),)
+        row += (load_piece(x, unit_of(i, lane, warp), lane, UNITS, True),)
     return row
 
 
@@ -218,7 +217,7 @@ def prepare_kernel(
     BF16: gl.constexpr = x.dtype.element_ty == gl.bfloat16
     lane, piece = lane_of(preparing_warps(WIDTH))
     token, warp = gl.program_id(0), gl.program_id(1)
-    unit, gains = (2 * piece + lane // 16) * WARPS + warp, None
+    unit, gains = unit_of(piece, lane, warp), None
     x += token * (UNITS * 128)
     factor_at = factors + token * WARPS + warp + unit * 0
     if norm is not None:
@@ -267,11 +266,11 @@ def stage_token(values, power, address, GROUPS: gl.constexpr):
     A warp stores what only its own lanes load. Of the two words of a digit that belong to the eight columns of a lane
     t, the first is in the first half.
     """
-    lane, _warp = lane_of(WARPS)
+    lane, warp = lane_of(WARPS)
     BLOCK: gl.constexpr = digit_bytes(GROUPS, 0)
     for i in gl.static_range(len(values)):
         first, second, sums = digits_of(values[i], power, lane, GROUPS)
-        place, block = lane % 16, address + unit_of(i) * BLOCK
+        place, block = lane % 16, address + unit_of(i, lane, warp) * BLOCK
         at = block + place % 4 * 16 + place // 4 * 4
         for d in gl.static_range(2):
             store_word(at, first[d].to(gl.int32, bitcast=True), d * 128)

@@ -22,8 +22,8 @@ MMA_K16 = gl.constexpr(
     "mma.sync.aligned.m16n8k16.row.col.s32.{}.s8.s32 {{$0, $1, $2, $3}}, {{$4, $5}}, {{$6}}, {{$7, $8, $9, $10}};"
 )
 
-# Four fp32 times a power of two, rounded to integers n; n + 128, MAGIC's low bits, has the digits in its two bytes, the
-# first + 128.
+# Four fp32 times a power of two, rounded to integers n; n + 128, the low half of MAGIC plus that, holds the digits: the
+# first one, + 128, and the second.
 DIGITS = gl.constexpr("""{ .reg .f32 f; .reg .b32 a, b, c, d, p, q;
     fma.rn.f32 f, $2, $6, 0f4B400080; mov.b32 a, f; fma.rn.f32 f, $3, $6, 0f4B400080; mov.b32 b, f;
     fma.rn.f32 f, $4, $6, 0f4B400080; mov.b32 c, f; fma.rn.f32 f, $5, $6, 0f4B400080; mov.b32 d, f;

@@ -11,7 +11,7 @@ import torch
 
 from fastgen.config import ModelConfig
 from fastgen.device import require_memory, synchronize
-from fastgen.model import Transformer
+from fastgen.model import Transformer, parameter_count
 
 SIDE = {"cuda": 8192, "cpu": 1024}
 REPEATS = 5
@@ -47,9 +47,7 @@ def require_training_memory(
     Counts weights (not where they are `loaded`), gradients and AdamW's two moments, all fp32, and the logits of
     `rows` rows with their gradient. Activations between the layers come on top.
     """
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
-    need = (12 if loaded else 16) * parameters + 8 * rows * context * config.vocab_size
+    need = (12 if loaded else 16) * parameter_count(config) + 8 * rows * context * config.vocab_size
     require_memory(device, need, "training this model", "a smaller --shape or --context, or a higher --accumulate")
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.config import ModelConfig
-from fastgen.kernels import fused, launch, reference
+from fastgen.kernels import fixed_point, fused, launch, reference
+from fastgen.kernels.packed import PackedLinear
 from fastgen.model import Transformer
 from tests.kernels import support
 from tests.kernels.support import on_gpu
@@ -99,3 +100,11 @@ def test_a_graph_of_dependent_launches_gives_the_tokens_of_launches_one_by_one(
     for _ in range(400):
         graph.replay()
     assert torch.equal(history[:400], expected[:400]), "a graph, replayed without a pause"
+
+
+@pytest.mark.parametrize(("columns", "covered"), [(launch.MAX_COLUMNS, True), (launch.MAX_COLUMNS + 1, False)])
+def test_more_columns_than_a_program_has_warps_for_are_left_to_the_reference(columns: int, covered: bool) -> None:
+    nothing = torch.empty(0, dtype=torch.int32)
+    linear = PackedLinear(nothing, nothing, None, out_features=16, in_features=columns, dtype=torch.bfloat16)
+    assert fused.covers(nn.ModuleDict({"w_down": linear}), 16) is covered
+    assert (fixed_point.preparing_warps(columns) <= 32) is covered
