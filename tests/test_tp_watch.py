@@ -1,6 +1,7 @@
 """The watch between ranks, in processes that do nothing else: who is missed, when, who says so, and who is let be."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -140,20 +141,45 @@ def test_what_is_shared_comes_in_order_to_all(tmp_path: Path) -> None:
 
 
 def test_ranks_that_were_all_stopped_together_go_on(tmp_path: Path) -> None:
+    timeout = 6.0
     going = "for _ in range(200): watch.at('decode'); sleep(0.02)"
-    with crew(tmp_path, going, going) as ranks:
+    with crew(tmp_path, going, going, timeout=timeout) as ranks:
         ranks.wait(lambda: all((tmp_path / f"rank{rank}").exists() for rank in range(2)))
         time.sleep(1)
         first, second = ranks.processes
         for process, number, pause in (
-            (second, signal.SIGSTOP, 1),  # until the first has read all that the second said
-            (first, signal.SIGSTOP, TIMEOUT),
+            (second, signal.SIGSTOP, 0.5),  # until the first has read all that the second said
+            (first, signal.SIGSTOP, timeout),
             (first, signal.SIGCONT, 0.3),
             (second, signal.SIGCONT, 0),
         ):
             process.send_signal(number)
             time.sleep(pause)
         assert ranks.ended() == [0, 0] and ranks.told() == ["", ""]
+
+
+def test_a_rank_does_not_say_that_it_stood_still_while_it_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch()
+    said = []
+
+    class Turns:
+        """Has nothing to read for five turns."""
+
+        left = 5
+
+        def select(self, period: float) -> list[object]:
+            self.left -= 1
+            if not self.left:
+                raise StopIteration
+            return []
+
+    monkeypatch.setattr(time, "monotonic", itertools.count(0, 10).__next__)  # stopped wherever the clock is read
+    monkeypatch.setattr(watch, "_selector", Turns(), raising=False)
+    monkeypatch.setattr(watch, "_timeout", 3.0, raising=False)
+    monkeypatch.setattr(watch, "_send", lambda message: said.append(message["at"][2]))
+    with pytest.raises(StopIteration):
+        watch._run()
+    assert said == [0] * 4
 
 
 def test_an_interrupt_reaches_all_at_the_same_step(tmp_path: Path) -> None:

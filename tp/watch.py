@@ -75,7 +75,8 @@ class Watch:
         self.place = Place()
         self.connected = False
         self._peers: dict[int, Peer] = {}
-        self._progress, self._phase, self._moved = 0, "start", time.monotonic()
+        self._progress, self._phase = 0, "start"
+        self._came_on, self._moved = True, 0.0  # since the thread last looked; when it found so, by its own clock
         self._shared: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._failures: dict[int, tuple[int, str, str]] = {}
@@ -149,7 +150,7 @@ class Watch:
             signal.signal(signal.SIGTERM, lambda number, frame: None)
             signal.signal(signal.SIGINT, self._on_interrupt)
             signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        self.connected, self._moved = True, time.monotonic()
+        self.connected = True
         threading.Thread(target=self._run, daemon=True, name="watch").start()
 
     def at(self, phase: str) -> None:
@@ -159,7 +160,7 @@ class Watch:
         """
         changed = phase != self._phase
         self._progress += changed or phase in BUSY
-        self._phase, self._moved = phase, time.monotonic()
+        self._phase, self._came_on = phase, True
         if changed and self.connected:
             self._send({"at": [self._progress, self._phase, 0.0]})
 
@@ -214,21 +215,24 @@ class Watch:
     # What its own thread does.
 
     def _run(self) -> None:
-        woken = time.monotonic()
+        woken = float("-inf")
         while True:
             events = self._selector.select(PERIOD)
+            # One reading of the clock a turn: if we are stopped within the turn, nothing in it has become old.
             now = time.monotonic()
             if now - woken > QUIET:  # we were stopped, perhaps with all the others: their silence means nothing
                 for peer in self._peers.values():
                     peer.heard = peer.moved = now
-                self._moved = now
+                self._came_on = True
             woken = now
+            if self._came_on:
+                self._came_on, self._moved = False, now
             for key, _ in events:
                 if key.data is None:
                     self._on_signals(key.fileobj.recv(64))  # type: ignore[union-attr]
                 else:
                     self._read(key.data)
-            self._send({"at": [self._progress, self._phase, time.monotonic() - self._moved]})
+            self._send({"at": [self._progress, self._phase, now - self._moved]})
             if os.getppid() != self._parent:
                 self._lose(-1, f"torchrun's agent died in {self._phase}")
             self._check_deadline(now)
