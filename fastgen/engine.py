@@ -173,6 +173,10 @@ class Engine:
         self._texts = []
         return True
 
+    def weights_changed(self) -> None:
+        """Let no later text reuse what the cache holds of an earlier one."""
+        self._texts = []
+
     def generate(
         self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions | None = None
     ) -> list[Completion]:

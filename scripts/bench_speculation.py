@@ -3,7 +3,7 @@
 The pair is synthetic (`fastgen.pairs`): a target of the shape with random weights, and its first layers as the draft,
 damped by several factors, which gives several agreements. Each of `--cases` is what makes one:
 
-    a0.9       an agreement: the factor that gives it is searched for by bisection
+    a0.9       an agreement: a factor that gives it is searched for
     0.01       a factor; one far above 1 makes the later layers drown what the first have said: nobody guesses that text
     1@0.3      a factor, and the temperature of a sampled text
     ngram@1    n-grams in the place of the draft, here on a text that is sampled at random
@@ -50,8 +50,9 @@ CASES = ["a0.97", "a0.9", "a0.8", "a0.5", "100", "ngram@1"]
 
 PLAIN = "plain"
 
-FACTORS, HALVINGS, CLOSE = (1e-4, 10.0), 9, 0.015
-"""Where a factor is searched for, how often the range is halved, and how close an agreement is close enough."""
+FIRST_FACTOR, GAIN, TRIES, CLOSE = 0.01, 0.7, 20, 0.015
+"""Where the search for a factor begins, by how much its logarithm moves for each unit by which the agreement's log-odds
+are off, how many factors are tried, and how close an agreement is close enough."""
 
 SEARCH_COUNT = "4"
 """Drafts a round while it is searched for."""
@@ -134,6 +135,8 @@ class Pair:
         """Let the later layers write so many times what they once did."""
         damp(self.target, layers=self.config.layers, factor=factor / self.damped)
         self.damped = factor
+        for engine in self._engines.values():
+            engine.weights_changed()
 
     def engine(self, draft: str, count: str, options: GenerationOptions) -> Engine:
         """Return a warm engine; for sampled texts other kernels are compiled, and other costs measured."""
@@ -144,11 +147,14 @@ class Pair:
         return self._engines[kind]
 
     def search(self, wanted: float, options: GenerationOptions) -> float:
-        """Return a factor that gives this agreement within `CLOSE`, or the closest that was found; it halves the
-        logarithm of a range, for the more the later layers add, the less the two agree."""
-        low, high, found = *FACTORS, (math.inf, 0.0)
-        for _ in range(HALVINGS):
-            factor = math.sqrt(low * high)
+        """Return a factor that gives this agreement within `CLOSE`, or the closest that was found.
+
+        The more the later layers add, the less the two agree; but each factor makes another text, and 200 tokens tell
+        an agreement to some 0.03 only. So no range is ever given up: each try moves by how far off the last was,
+        and the less the oftener that changed its sign (stochastic approximation with Kesten's rule, 1958).
+        """
+        factor, off, crossings, found = FIRST_FACTOR, 0.0, 0, (math.inf, 0.0)
+        for _ in range(TRIES):
             self.damp(factor)
             engine = self.engine("model", SEARCH_COUNT, options)
             texts = engine.tokens(engine.encode([self.config.prompt]), options, samples=[0])
@@ -158,8 +164,16 @@ class Pair:
             found = min(found, (abs(agreement - wanted), factor))
             if found[0] <= CLOSE:
                 break
-            low, high = (factor, high) if agreement > wanted else (low, factor)
+            before, off = off, log_odds(agreement) - log_odds(wanted)
+            crossings += before * off < 0
+            factor *= math.exp(GAIN / (1 + crossings) * off)
         return found[1]
+
+
+def log_odds(share: float) -> float:
+    """Return the logarithm of a share's odds; shares are taken for 1 in 200 at least, and at most for all but that."""
+    share = min(max(share, 0.005), 0.995)
+    return math.log(share / (1 - share))
 
 
 def measure(config: argparse.Namespace) -> Iterator[dict[str, object]]:
