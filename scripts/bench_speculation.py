@@ -36,13 +36,14 @@ from typing import NamedTuple, Self
 
 import torch
 
+from fastgen import cli
 from fastgen.device import choose_placement, describe
 from fastgen.engine import Engine
 from fastgen.load import LoadedModel, load_model, make_scheme, random_model, use_kernels
 from fastgen.options import GenerationOptions, SamplingOptions
 from fastgen.pairs import damp, first_layers
 from fastgen.report import versions
-from fastgen.shapes import shape
+from fastgen.shapes import SHAPES, shape
 from fastgen.speculation import AUTO, Speculation
 from fastgen.speculative import SpeculativeEngine
 
@@ -64,7 +65,7 @@ Run = tuple[list[int], float]
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print one row each, and write the records as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llama-2-7b")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     parser.add_argument("--model", help="a real target, as of every command, in the place of a shape")
     parser.add_argument("--draft", default="ngram", help="of a --model: a model, ngram or self:N")
     parser.add_argument("--prompt", default="Once upon a time")
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--layers", type=int, default=2, help="layers of a shape's draft")
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help="of a shape: " + " ".join(CASES))
+    parser.add_argument("--cases", nargs="+", type=Case.parse, metavar="CASE", help="of a shape: " + " ".join(CASES))
     parser.add_argument("--speculate", nargs="+", default=["2", "4", "7", "auto"])
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds that all may take")
     parser.add_argument("--new-tokens", type=int, default=200)
@@ -180,7 +181,8 @@ def measure(config: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Yield one record for every case and number of drafts."""
     pair = Pair(config)
     factors: dict[float, float] = {}  # by agreement
-    for case in map(Case.parse, (config.cases or (["1"] if config.model else CASES)) * config.rounds):
+    cases = config.cases or [Case.parse(text) for text in (["1"] if config.model else CASES)]
+    for case in cases * config.rounds:
         sampling = SamplingOptions(temperature=case.temperature)
         options = GenerationOptions(max_new_tokens=config.new_tokens, ignore_eos=True, sampling=sampling)
         if config.model is None:
@@ -293,4 +295,4 @@ def line(row: dict[str, object]) -> str:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    sys.exit(main())
+    cli.run(main, prog="bench_speculation")

@@ -3,7 +3,7 @@
     python -m torch.distributed.run --nproc-per-node 4 scripts/check_ranks.py --output FILE
     python -m torch.distributed.run --nproc-per-node 2 scripts/check_ranks.py --device cpu --kernels reference
 
-`--formats` names some of them only: plain, int8, "int4 g32", "int4 g128", "int4 g64 symmetric"; comma separated.
+`--formats` names some of them only: plain, int8, "int4 g32", "int4 g128", "int4 g64 symmetric".
 
 The model is the embedded one, in every format. The measure is the same model in fp32 on one device, E the largest error
 of a logit there in the precision that the ranks have: the ranks' may be at most 2 E off, and a token that they choose
@@ -68,11 +68,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--device")
     parser.add_argument("--kernels", default="fused", choices=("fused", "reference"))
-    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     arguments = parser.parse_args()
     ranks, device = join(arguments.device)
     findings: list[Finding] = []
-    for name in arguments.formats.split(","):
+    for name in arguments.formats:
         findings.append(check(name, ranks, device, arguments.kernels))
         if ranks.leads:
             print(findings[-1], flush=True)

@@ -8,12 +8,12 @@ ended goes on where it was. `tests/test_lossless.py` runs the same cells.
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastgen import cli
 from fastgen.device import describe
 from fastgen.load import LoadedModel, load_model, random_model
 from fastgen.lossless import Proof, own_prompts, prove
@@ -114,4 +114,4 @@ def record(target: LoadedModel, proof: Proof) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main, prog="prove_lossless")
