@@ -36,7 +36,7 @@ def choose_placement(device: str | None = None, dtype: str | None = None) -> Pla
             raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
         return Placement(place, DTYPES[dtype], "as asked")
     if place.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(place)
+        major, minor = capability(place)
         if major < 8:
             return Placement(place, torch.float16, f"sm_{major}{minor} has no bf16 arithmetic")
         return Placement(place, torch.bfloat16, "the GPU's native precision")
@@ -69,6 +69,11 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return an NVIDIA GPU's compute capability, (9, 0) for Hopper, and (0, 0) for other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def free_memory(device: torch.device) -> int:

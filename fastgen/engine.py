@@ -110,6 +110,7 @@ class Engine:
             return
         if self._own_cache():
             self._forget()
+        self._texts, self._generation = [], object()  # what the cache holds will be written over
         self._warm_for = options or GenerationOptions()
         jobs = self._warm_jobs(self._warm_for)
         for done, job in enumerate(jobs):
@@ -117,7 +118,6 @@ class Engine:
                 progress(done, len(jobs))
             job()
         synchronize(self.device)
-        self._texts = []
         self._warm_count = self._count()
 
     def _warm_jobs(self, options: GenerationOptions) -> list[Callable[[], None]]:

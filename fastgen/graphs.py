@@ -18,9 +18,9 @@ from torch import Tensor
 SMALLEST_BOUND = 256
 """Positions that the smallest graph reads; below that attention costs about the same."""
 
-BURST, LONG_STEP_BURST, LONG_STEP_BYTES = 8, 2, 4 << 30
-"""Steps a graph, and fewer for models whose step takes a millisecond or more: a burst arrives as a whole, and a
-person should not see text stutter."""
+LONGEST_BURST, SHORTEST_BURST, BURST_BYTES = 8, 2, 64 << 30
+"""Steps a graph: the more, the less it costs to begin one; but a burst arrives as a whole, and a person should not see
+text stutter. So many bytes of weights take an H200 16 ms to read."""
 
 
 Result = TypeVar("Result")
@@ -65,10 +65,11 @@ class Graphs:
         with torch.cuda.stream(stream):  # compiles and tunes what a capture must find ready
             work()
         torch.cuda.current_stream().wait_stream(stream)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=pool):
             result = work()
+        self._pool = pool  # not before: a pool without a graph takes no other
         for tensor, before in zip(state, saved, strict=True):
             tensor.copy_(before)
         return graph, result
@@ -87,6 +88,7 @@ class GraphDecoder:
         self.bounds = bounds
         self._step = step
         self._reach = reach
+        self._ahead: Any = None  # 1 .. burst
         self._rows: Any = None
         self._graphs = Graphs()
 
@@ -104,6 +106,7 @@ class GraphDecoder:
         self._rows, moved = settle(self._rows, rows)
         if moved:
             self._graphs.forget()
+            self._ahead = torch.arange(1, self.burst + 1, device=rows.positions.device)[:, None]
 
     def decode(self, filled: int, options: Any, *, logprobs: bool) -> Any:
         """Decode `burst` tokens, whose last attends to `filled` positions; the result, [burst, B] each, is
@@ -114,8 +117,8 @@ class GraphDecoder:
 
     def _steps(self, bound: int, options: Any, logprobs: bool) -> Any:
         rows, choices = self._rows, []
-        ahead = torch.arange(1, self.burst + 1, device=rows.positions.device)[:, None]
-        for following in (rows.positions + ahead).clamp(max=self._reach - 1):  # at once: a launch costs a microsecond
+        positions = (rows.positions + self._ahead).clamp(max=self._reach - 1)  # at once: a launch costs a microsecond
+        for following in positions:
             choice = self._step(rows, bound, options, logprobs=logprobs)
             rows = rows._replace(token=choice.token, positions=following)
             choices.append(choice)
@@ -127,7 +130,10 @@ class GraphDecoder:
 
 def burst_of(weight_bytes: int) -> int:
     """Return how many steps of a model a graph is to hold."""
-    return BURST if weight_bytes < LONG_STEP_BYTES else LONG_STEP_BURST
+    burst = LONGEST_BURST
+    while burst > SHORTEST_BURST and burst * weight_bytes > BURST_BYTES:
+        burst //= 2
+    return burst
 
 
 def settle(static: Any, tensors: Any) -> tuple[Any, bool]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastgen.checkpoint.detect import open_checkpoint
 from fastgen.checkpoint.lazy import Checkpoint, LazyTensor
 from fastgen.config import ModelConfig
-from fastgen.device import Placement, choose_placement, require_memory
+from fastgen.device import Placement, capability, choose_placement, require_memory
 from fastgen.errors import CapacityError, ModelFileError, NetworkError, UsageError
 from fastgen.hub_id import is_id
 from fastgen.kernels import reference
@@ -131,20 +131,23 @@ def load_model(
 
 def use_kernels(model: LoadedModel, name: str, *, compile: bool) -> None:
     """Run the model's stages as "reference" (PyTorch), "fused" (Triton, on CUDA), or "auto": fused in a run that
-    compiles, with one rank.
+    compiles, with one rank, where the kernels are made for the device and the dtype.
 
     Raises:
         UsageError: the device or the dtype is not one that the kernels are made for.
     """
     device, dtype = model.placement.device, model.placement.dtype
-    made_for = device.type == "cuda" and dtype != torch.float32
+    made_for = device.type == "cuda" and dtype != torch.float32 and capability(device) >= (8, 0)
     if name == "auto":
         name = "fused" if compile and made_for and not model.plan else "reference"
     if name == "reference":
         model.transformer.stages = _over_ranks(model, reference)
         return
     if not made_for:
-        raise UsageError(f"--kernels {name}: only on CUDA in bf16 or fp16, not on {device} in {dtype}")
+        raise UsageError(
+            f"--kernels {name}: only in bf16 or fp16 on NVIDIA GPUs from sm_80 on, not on {device} in {dtype}\n"
+            "Leave --kernels out, for what suits the device"
+        )
     from fastgen.kernels import fused  # noqa: PLC0415  (Triton, which CPU builds of torch lack)
     from quantize.on_gpu import pack_linears  # noqa: PLC0415
 

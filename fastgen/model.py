@@ -117,13 +117,14 @@ class Transformer(nn.Module):
 
         A model has one cache: `cache_owner` tells whose it is, so that an earlier owner sees that theirs is gone.
         """
-        self.cache_owner = owner
+        self.cache_owner = None  # should memory end in the middle
         like = self.embedding.weight
         shape = (batch, self.config.n_kv_heads, capacity, self.config.head_dim)
         with torch.inference_mode(False):  # a graph that was compiled for a cache of ordinary tensors serves the next
             for block in self.layers:
                 block.k_cache = torch.zeros(shape, dtype=like.dtype, device=like.device)
                 block.v_cache = torch.zeros_like(block.k_cache)
+        self.cache_owner = owner
 
     def clear_cache(self) -> None:
         """Make all keys and values 0, after a text that made some of them not finite."""

@@ -197,7 +197,9 @@ class Steps:
 
     def bounds(self) -> list[int]:
         """Return values of `filled` whose decoding makes every graph that any value needs."""
-        return self._graphs.bounds if self._graphs else [LANES + 1, 2 * LANES + 1]
+        if self._graphs:
+            return self._graphs.bounds
+        return list(dict.fromkeys(min(bound, len(self._positions)) for bound in (LANES + 1, 2 * LANES + 1)))
 
     def count(self) -> int:
         """Return how many graphs have been compiled or captured; stands still once every case was seen."""
@@ -251,7 +253,7 @@ class Cases:
 def covered_by_kernels(model: Transformer, batch: int) -> bool:
     """Whether a decode step of `batch` texts is nothing but kernels, which leave torch.compile nothing to do."""
     covers = getattr(model.stages, "covers", None)
-    return covers is not None and covers(model, batch)
+    return covers is not None and covers(model, model.config.head_dim, batch)
 
 
 def count_compilations() -> int:

@@ -1,13 +1,18 @@
 """Compiled generation gives eager's tokens, and compiles nothing after its start, whatever comes."""
 
+from dataclasses import replace
+
 import psutil
 import pytest
+import torch
 from torch._dynamo.utils import counters
 
 from fastgen import session
+from fastgen.device import Placement
 from fastgen.engine import Engine
-from fastgen.errors import RecompiledError
+from fastgen.errors import RecompiledError, UsageError
 from fastgen.flags import ModelFlags
+from fastgen.load import use_kernels
 from fastgen.naive import generate_naively
 from fastgen.options import GenerationOptions, SamplingOptions
 from tests.models import random_model
@@ -114,3 +119,18 @@ def test_a_thousand_texts_in_one_process_keep_memory_flat(compile: bool) -> None
         sizes.append(process.memory_info().rss)
     assert max(sizes[200:]) <= 1.01 * sizes[200]
     assert engine.recompiles == 0
+
+
+@pytest.mark.parametrize(("generation", "name"), [((7, 5), "reference"), ((8, 0), "fused"), ((9, 0), "fused")])
+def test_gpus_that_the_kernels_are_not_made_for_take_the_reference(
+    generation: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, chosen = random_model(), []
+    on_gpu = replace(model, placement=Placement(torch.device("cuda"), torch.float16, "as asked"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    monkeypatch.setattr("fastgen.kernels.fused.prepare", chosen.append)
+    use_kernels(on_gpu, "auto", compile=True)
+    assert on_gpu.transformer.stages.__name__ == f"fastgen.kernels.{name}" and bool(chosen) is (name == "fused")
+    if name == "reference":
+        with pytest.raises(UsageError, match="only in bf16 or fp16 on NVIDIA GPUs from sm_80"):
+            use_kernels(on_gpu, "fused", compile=True)

@@ -1,5 +1,8 @@
 """The engine gives what its naive twin gives, whatever the chunks, the batch and the options."""
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -207,6 +210,58 @@ def test_what_was_captured_for_a_cache_that_is_gone_is_captured_before_the_next_
     assert warmed == [(first, options)], "once, and nothing of an engine that was never warm"
     first.generate([text_of(5)], options)
     assert warmed == [(first, options)] * 2
+
+
+def test_an_interrupted_warm_up_leaves_nothing_for_a_text_to_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = GenerationOptions(max_new_tokens=12, ignore_eos=True)
+    engine, prompt = Engine(random_model()), text_of(40)
+    expected = engine.generate([prompt], options)[0].tokens
+
+    def jobs(options: GenerationOptions) -> list[Callable[[], None]]:
+        def stop() -> None:
+            raise KeyboardInterrupt
+
+        return [*Engine._warm_jobs(engine, options), stop]
+
+    monkeypatch.setattr(Engine, "compiled", property(lambda engine: True))
+    monkeypatch.setattr(engine, "_warm_jobs", jobs)
+    with pytest.raises(KeyboardInterrupt):
+        engine.warm_up(options)
+    assert engine.generate([prompt], options)[0].tokens == expected
+
+
+def test_what_a_warm_up_calls_fits_into_the_smallest_context() -> None:
+    engine = Engine(random_model(), max_seq_len=2)
+    for job in engine._warm_jobs(GenerationOptions()):
+        job()
+
+
+def test_a_text_whose_cache_was_warmed_up_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(random_model())
+    stale = engine.stream([text_of(5)], GenerationOptions(max_new_tokens=50, ignore_eos=True))
+    next(stale)
+    monkeypatch.setattr(Engine, "compiled", property(lambda engine: True))
+    engine.warm_up()
+    with pytest.raises(UsageError, match="cannot go on"):
+        list(stale)
+
+
+def test_a_cache_that_was_allocated_in_part_belongs_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options = random_model(), GenerationOptions(max_new_tokens=12, ignore_eos=True)
+    large, prompt = Engine(model), text_of(100)
+    expected = large.generate([prompt], options)[0].tokens
+    Engine(model, max_seq_len=32)
+    zeros, calls = torch.zeros, itertools.count()
+
+    def too_large(*arguments: object, **more: object) -> torch.Tensor:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError
+        return zeros(*arguments, **more)
+
+    monkeypatch.setattr(torch, "zeros", too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        large.generate([prompt], options)
+    assert large.generate([prompt], options)[0].tokens == expected
 
 
 def test_a_text_whose_cache_was_taken_over_does_not_go_on() -> None:

@@ -108,7 +108,7 @@ def test_a_share_is_covered_by_kernels_as_its_stages_say() -> None:
         def __getattr__(self, name: str) -> object:
             return getattr(reference, name)
 
-        def covers(self, transformer: Transformer, tokens: int) -> bool:
+        def covers(self, transformer: Transformer, head_dim: int, tokens: int) -> bool:
             asked.append(transformer)
             return tokens == 1
 

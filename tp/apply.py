@@ -40,7 +40,7 @@ class ShardedStages:
         return self._ranks.sum_add(self._stages.partial_linear(x, linear), residual)
 
 
-def _never(model: nn.Module, tokens: int) -> bool:
+def _never(model: nn.Module, head_dim: int, tokens: int) -> bool:
     """Stages that are no kernels cover nothing."""
     return False
 

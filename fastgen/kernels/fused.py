@@ -24,17 +24,33 @@ from fastgen.kernels.reference import Step
 from fastgen.kernels.rope import Rope
 
 LINEARS = ("wqkv", "wo", "w_gate_up", "w_down", "lm_head")
+HEAD_STEP = 16
+"""What a head's dims must be a multiple of."""
 
 
-def covers(model: nn.Module, tokens: int) -> bool:
-    """Whether every stage of a model runs as a kernel for `tokens` tokens."""
-    linears = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in LINEARS]
-    kernels = all(
-        (isinstance(linear, PackedLinear) or (isinstance(linear, nn.Linear) and _narrow(linear.weight)))
-        and linear.in_features <= launch.MAX_COLUMNS
-        for linear in linears
+def covers(model: nn.Module, head_dim: int, tokens: int) -> bool:
+    """Whether every stage of a model runs as a kernel for `tokens` tokens; of dynamic RoPE, all but the rotations."""
+    named = [(name.rsplit(".", 1)[-1], module) for name, module in model.named_modules()]
+    others = [module.weight for _, module in named if isinstance(module, nn.Embedding | nn.RMSNorm)]
+    return (
+        all(_has_kernel(name, module) for name, module in named if name in LINEARS)
+        and all(_narrow(weight) and weight.dtype == others[0].dtype for weight in others)
+        and head_dim % HEAD_STEP == 0
+        and tokens <= launch.MAX_TOKENS
     )
-    return kernels and tokens <= launch.MAX_TOKENS
+
+
+def _has_kernel(name: str, linear: nn.Module) -> bool:
+    """Whether a kernel multiplies with a linear of this name."""
+    if isinstance(linear, PackedLinear):
+        whole = name != "w_gate_up" or linear.out_features % TILE == 0
+        return whole and linear.in_features <= launch.MAX_COLUMNS
+    return (
+        isinstance(linear, nn.Linear)
+        and _narrow(linear.weight)
+        and _in_lines(linear.weight)
+        and linear.in_features <= launch.MAX_COLUMNS
+    )
 
 
 def prepare(device: torch.device) -> None:
@@ -65,7 +81,7 @@ def embed_part(tokens: Tensor, embedding: nn.Embedding, first: int) -> Tensor:
 
 def norm_linear(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """See `reference.norm_linear`."""
-    if isinstance(linear, nn.Linear) and _streams(x, linear.weight):
+    if isinstance(linear, nn.Linear) and _streams(x, linear.weight, norm.weight):
         return _norm_linear.norm_linear(x, norm.weight, _eps(norm), linear.weight, linear.bias)
     if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
         return _packed_linear(x, norm, linear)
@@ -92,7 +108,7 @@ def partial_linear(x: Tensor, linear: nn.Module) -> Tensor:
 
 def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:
     """See `reference.norm_swiglu`."""
-    if isinstance(gate_up, nn.Linear) and _streams(x, gate_up.weight):
+    if isinstance(gate_up, nn.Linear) and _streams(x, gate_up.weight, norm.weight):
         return _norm_swiglu.norm_swiglu(x, norm.weight, _eps(norm), gate_up.weight, gate_up.bias)
     if isinstance(gate_up, PackedLinear) and gate_up.out_features % TILE == 0 and _fits(x, norm.weight):
         return _packed.packed_swiglu(
@@ -103,7 +119,7 @@ def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:
 
 def head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """See `reference.head`."""
-    if isinstance(linear, nn.Linear) and _streams(x, linear.weight):
+    if isinstance(linear, nn.Linear) and _streams(x, linear.weight, norm.weight):
         return _head.head(x, norm.weight, _eps(norm), linear.weight, linear.bias)
     if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
         return _packed_linear(x, norm, linear, wide=True)
@@ -112,7 +128,7 @@ def head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
 
 def greedy_head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """See `reference.greedy_head`."""
-    if isinstance(linear, nn.Linear) and _streams(x, linear.weight):
+    if isinstance(linear, nn.Linear) and _streams(x, linear.weight, norm.weight):
         return _head.greedy_head(x, norm.weight, _eps(norm), linear.weight, linear.bias)
     if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
         return _packed.packed_greedy_head(
@@ -133,7 +149,8 @@ def attend(
     k_norm: nn.RMSNorm | None = None,
 ) -> Tensor:
     """See `reference.attend`."""
-    if not _fits(qkv, k_cache) or k_cache.shape[3] % 16:
+    gains = [norm.weight for norm in (q_norm, k_norm) if norm is not None]
+    if not all(_fits(qkv, tensor) for tensor in (k_cache, *gains)) or k_cache.shape[3] % HEAD_STEP:
         return reference.attend(qkv, k_cache, v_cache, step, scale=scale, window=window, q_norm=q_norm, k_norm=k_norm)
     q_gain, k_gain = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
     eps = 0.0 if q_norm is None else _eps(q_norm)
@@ -157,9 +174,13 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     return few and _narrow(x) and weight.dtype == x.dtype
 
 
-def _streams(x: Tensor, weight: Tensor) -> bool:
+def _streams(x: Tensor, weight: Tensor, gain: Tensor | None = None) -> bool:
+    return _fits(x, weight) and _in_lines(weight) and (gain is None or gain.dtype == x.dtype)
+
+
+def _in_lines(weight: Tensor) -> bool:
     """Whether rows of the weight begin at multiples of 16 bytes, which is what a lane copies."""
-    return _fits(x, weight) and weight.shape[1] % 8 == 0
+    return weight.shape[1] % 8 == 0
 
 
 def _narrow(tensor: Tensor) -> bool:

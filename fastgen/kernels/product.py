@@ -345,8 +345,9 @@ def rms_scale(squares, K: gl.constexpr, eps, ALONE: gl.constexpr, WARPS: gl.cons
 
 @gluon.jit
 def power_of_two(scale):
-    """Return the power of two at or below a positive fp32."""
-    return (scale.to(gl.uint32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
+    """Return the power of two at or below a positive fp32, or the largest that fp16 has."""
+    power = (scale.to(gl.uint32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
+    return gl.minimum(power, 32768.0)
 
 
 @gluon.jit

@@ -1,5 +1,7 @@
 """The stages together: what falls back to the reference, and that a chain of dependent launches loses nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,9 +104,57 @@ def test_a_graph_of_dependent_launches_gives_the_tokens_of_launches_one_by_one(
     assert torch.equal(history[:400], expected[:400]), "a graph, replayed without a pause"
 
 
+def packed(columns: int, rows: int = 16) -> PackedLinear:
+    nothing = torch.empty(0, dtype=torch.int32)
+    return PackedLinear(nothing, nothing, None, out_features=rows, in_features=columns, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets what asks whether a tensor is CUDA's take any device for it."""
+    monkeypatch.setattr(fused, "_narrow", lambda tensor: tensor.dtype in (torch.bfloat16, torch.float16))
+
+
+@pytest.mark.usefixtures("any_device")
 @pytest.mark.parametrize(("columns", "covered"), [(launch.MAX_COLUMNS, True), (launch.MAX_COLUMNS + 1, False)])
 def test_more_columns_than_a_program_has_warps_for_are_left_to_the_reference(columns: int, covered: bool) -> None:
-    nothing = torch.empty(0, dtype=torch.int32)
-    linear = PackedLinear(nothing, nothing, None, out_features=16, in_features=columns, dtype=torch.bfloat16)
-    assert fused.covers(nn.ModuleDict({"w_down": linear}), 16) is covered
+    assert fused.covers(nn.ModuleDict({"w_down": packed(columns)}), 64, 16) is covered
     assert (fixed_point.preparing_warps(columns) <= 32) is covered
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize(
+    ("tokens", "changed", "covered"),
+    [
+        (1, {}, True),
+        (16, {}, True),
+        (17, {}, False),
+        (1, {"head_dim": 72}, False),
+        (1, {"hidden_dim": 1412}, False),
+        (1, {"hidden_dim": launch.MAX_COLUMNS + 8}, False),
+    ],
+)
+def test_what_some_stage_leaves_to_the_reference_is_not_covered(
+    tokens: int, changed: dict[str, int], covered: bool
+) -> None:
+    config = replace(CONFIG, **changed)
+    with torch.device("meta"):
+        model = Transformer(config, fused).to(torch.bfloat16)
+    assert fused.covers(model, config.head_dim, tokens) is covered
+    if covered:
+        model.layers[0].w_gate_up = packed(512, rows=2 * 1408)
+        assert fused.covers(model, config.head_dim, tokens)
+        model.layers[0].w_gate_up = packed(512, rows=2 * 1408 + 2)
+        assert not fused.covers(model, config.head_dim, tokens), "a tile of 16 rows with half of a pair"
+        model.layers[0].w_gate_up = nn.Linear(512, 2 * 1408, bias=False, device="meta", dtype=torch.bfloat16)
+        model.norm = model.norm.float()
+        assert not fused.covers(model, config.head_dim, tokens), "gains are read in the dtype of x"
+
+
+@pytest.mark.usefixtures("any_device")
+def test_gains_of_another_dtype_are_left_to_the_reference() -> None:
+    x, norm = torch.randn(1, 1, 64).bfloat16(), support.norm(64, dtype=torch.float32, device="cpu")
+    rows = support.linear(32, 64, bias=False, dtype=torch.bfloat16, device="cpu")
+    assert torch.equal(fused.norm_linear(x, norm, rows), reference.norm_linear(x, norm, rows))
+    assert torch.equal(fused.norm_swiglu(x, norm, rows), reference.norm_swiglu(x, norm, rows))
+    assert torch.equal(fused.head(x, norm, rows), reference.head(x, norm, rows))

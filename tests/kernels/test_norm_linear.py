@@ -96,6 +96,12 @@ def test_on_the_machine_large_and_small_activations_stay_finite_in_fp16(
         scaled = (x.double() * scale).half()
         exact = reference.norm_linear(scaled.double(), support.in_fp64(norm), support.in_fp64(linear))
         assert support.distance(fused_on_cpu(scaled, norm, linear), exact) < 1e-3, f"activations around {scale}"
+    norm.eps = 1e-12  # the scale of tiny activations is more than fp16 has
+    scaled = (x.double() * 6e-6).half()
+    exact = reference.norm_linear(scaled.double(), support.in_fp64(norm), support.in_fp64(linear))
+    assert support.distance(fused_on_cpu(scaled, norm, linear), exact) < 1e-3
+    nothing = torch.zeros_like(x)
+    assert torch.equal(fused_on_cpu(nothing, norm, linear), reference.norm_linear(nothing, norm, linear))
 
 
 @compiled_ahead
@@ -121,4 +127,4 @@ def test_on_the_machine_without_dependent_launch(on_machine: Callable[..., None]
 
 def fused_on_cpu(x: torch.Tensor, norm: torch.nn.RMSNorm, linear: torch.nn.Linear) -> torch.Tensor:
     """What `fused.norm_linear` does on a GPU."""
-    return norm_linear(x, norm.weight, 1e-5, linear.weight, linear.bias)
+    return norm_linear(x, norm.weight, norm.eps, linear.weight, linear.bias)
