@@ -129,25 +129,30 @@ def load_model(
     )  # fmt: skip
 
 
+def check_kernels(name: str, placement: Placement) -> bool:
+    """Return whether the kernels are made for a device and a dtype; raises `UsageError` where "fused" needs them to."""
+    device, dtype = placement.device, placement.dtype
+    made_for = device.type == "cuda" and dtype != torch.float32 and capability(device) >= (8, 0)
+    if name == "fused" and not made_for:
+        raise UsageError(
+            f"--kernels {name}: only in bf16 or fp16 on NVIDIA GPUs from sm_80 on, not on {device} in {dtype}\n"
+            "Leave --kernels out, for what suits the device"
+        )
+    return made_for
+
+
 def use_kernels(model: LoadedModel, name: str, *, compile: bool) -> None:
     """Run the model's stages as "reference" (PyTorch), "fused" (Triton, on CUDA), or "auto": fused in a run that
     compiles, with one rank, where the kernels are made for the device and the dtype.
 
-    Raises:
-        UsageError: the device or the dtype is not one that the kernels are made for.
+    Raises `UsageError` as `check_kernels`.
     """
-    device, dtype = model.placement.device, model.placement.dtype
-    made_for = device.type == "cuda" and dtype != torch.float32 and capability(device) >= (8, 0)
+    device, made_for = model.placement.device, check_kernels(name, model.placement)
     if name == "auto":
         name = "fused" if compile and made_for and not model.plan else "reference"
     if name == "reference":
         model.transformer.stages = _over_ranks(model, reference)
         return
-    if not made_for:
-        raise UsageError(
-            f"--kernels {name}: only in bf16 or fp16 on NVIDIA GPUs from sm_80 on, not on {device} in {dtype}\n"
-            "Leave --kernels out, for what suits the device"
-        )
     from fastgen.kernels import fused  # noqa: PLC0415  (Triton, which CPU builds of torch lack)
     from quantize.on_gpu import pack_linears  # noqa: PLC0415
 

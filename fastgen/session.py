@@ -9,11 +9,11 @@ from pathlib import Path
 
 from fastgen import cli, flags, report
 from fastgen.compile_cache import seal, use_cache
-from fastgen.device import describe
+from fastgen.device import choose_placement, describe
 from fastgen.engine import Engine
 from fastgen.errors import RecompiledError, UsageError
 from fastgen.hub_id import commit_of
-from fastgen.load import LoadedModel, load_model, locate, resolve, use_kernels
+from fastgen.load import LoadedModel, check_kernels, load_model, locate, resolve, use_kernels
 from fastgen.options import GenerationOptions
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
@@ -43,6 +43,7 @@ def load(config: flags.ModelFlags, phases: cli.Phases, name: str | None = None) 
     path = find(config, phases, name)
     with phases.phase("load", name or config.model) as advance:
         ranks, device = join_ranks(config)
+        check_kernels(config.kernels, choose_placement(device=device, dtype=config.dtype))
         model = load_model(
             path,
             offline=config.offline,

@@ -108,6 +108,7 @@ def attend(
     splits, rows = launch.split_count(K), choose_rows(T * (H // K), T, d, launch.shared_memory(qkv.device))
     out = torch.empty(B, T, H * d, dtype=qkv.dtype, device=qkv.device)
     cells = B * K * triton.cdiv(T * (H // K), rows)
+    assert cells <= launch.MAX_CELLS, f"{cells} groups of rows: expected at most {launch.MAX_CELLS}"
     partial = torch.empty(cells * splits * rows * (d + 2), dtype=torch.float32, device=qkv.device)
     dependent = launch.dependent_launch(qkv.device)
     attend_kernel[(cells, splits)](

@@ -115,7 +115,7 @@ def barrier():
 
 
 @gluon.jit
-def shared_memory(BYTES: gl.constexpr, WARPS: gl.constexpr):
+def program_memory(BYTES: gl.constexpr, WARPS: gl.constexpr):
     """Return the program's shared memory and its address; `_keep_alive` of the first stands at the kernel's end.
 
     The address is that of Triton's symbol for all shared memory, so nothing else of the kernel may need any (a test

@@ -24,6 +24,7 @@ MAX_COLUMNS = 1 << 16
 """Columns of a linear that the kernels take: of packed weights, a program has a warp for each 2,048 at times."""
 
 MAX_CELLS = 1 << 14
+"""Counters that `attend` has for its cells: a text, a key head, and a group of that head's rows."""
 
 
 class Shape(NamedTuple):

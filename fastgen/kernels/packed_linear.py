@@ -19,13 +19,13 @@ from fastgen.kernels import launch
 from fastgen.kernels.fixed_point import WARPS, digit_bytes, prepare_kernel, preparing_warps
 from fastgen.kernels.head import pick_token_kernel
 from fastgen.kernels.packed import TILE, UNIT, Form, form_of
-from fastgen.kernels.packed_product import fixed_bytes, slot_bytes, stream_product
+from fastgen.kernels.packed_product import fixed_bytes, slot_bytes, stream_packed
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 class Shape(NamedTuple):
-    """Launch shape of `packed_product.stream_product`.
+    """Launch shape of `packed_product.stream_packed`.
 
     Attributes:
         tiles: tiles of 16 rows in a slot of the ring.
@@ -187,8 +187,8 @@ def packed_linear_kernel(
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
     STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """bias [n] or None, residual [tokens, n] or None, out [tokens, n]; the rest as `stream_product` has it."""
-    stream_product(
+    """bias [n] or None, residual [tokens, n] or None, out [tokens, n]; the rest as `stream_packed` has it."""
+    stream_packed(
         x, norm, factors, words, scales, tokens, n, tiles, record, eps, _load_residual, _store, (out, bias, residual),
         WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, KEPT, DTYPE, PDL,
     )  # fmt: skip
@@ -200,8 +200,8 @@ def packed_swiglu_kernel(
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
     STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """bias [n] or None, out [tokens, n / 2]; the rest as `stream_product` has it."""
-    stream_product(
+    """bias [n] or None, out [tokens, n / 2]; the rest as `stream_packed` has it."""
+    stream_packed(
         x, norm, factors, words, scales, tokens, n, tiles, record, eps, _nothing, _gate_and_store, (out, bias),
         WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, KEPT, DTYPE, PDL,
     )  # fmt: skip
@@ -213,8 +213,8 @@ def packed_best_kernel(
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
     STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """bias [n] or None, best and ids [tokens, tiles]; the rest as `stream_product` has it."""
-    stream_product(
+    """bias [n] or None, best and ids [tokens, tiles]; the rest as `stream_packed` has it."""
+    stream_packed(
         x, norm, factors, words, scales, tokens, n, tiles, record, eps, _nothing, _store_best, (best, ids, bias),
         WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, KEPT, DTYPE, PDL,
     )  # fmt: skip

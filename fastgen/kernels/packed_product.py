@@ -46,9 +46,9 @@ from fastgen.kernels.fragments import (
     lanes,
     load_floats,
     load_four,
+    program_memory,
     recast,
     reduced,
-    shared_memory,
     statement,
     store_float,
     store_floats,
@@ -249,7 +249,7 @@ def floats(four):
 
 
 @gluon.jit
-def stream_product(  # noqa: PLR0912, PLR0915
+def stream_packed(  # noqa: PLR0912, PLR0915
     x, norm, factors, words, scales, tokens, n, tiles, record, eps, prefetch: gl.constexpr, finish: gl.constexpr, extra,
     WIDTH: gl.constexpr, PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr,
     R: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
@@ -276,7 +276,7 @@ def stream_product(  # noqa: PLR0912, PLR0915
     EARLY: gl.constexpr = slots_before_wait(STAGES, SLOT) if SETS == 0 else STAGES - 1
     PAIRS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane, warp = lane_of(WARPS)
-    memory, address = shared_memory((FIXED + WARPS * STAGES * SLOT + 1023) // 1024 * 1024, WARPS)
+    memory, address = program_memory((FIXED + WARPS * STAGES * SLOT + 1023) // 1024 * 1024, WARPS)
     factors_at = address + 2 * WARPS * SUMS  # [column, warp] fp32, and behind them the sums of x's squares
     squares_at, x_at = factors_at + COLUMNS * 32, address + (2 * WARPS * SUMS + COLUMNS * 64 + 127) // 128 * 128
     ring = address + FIXED + warp * (STAGES * SLOT) + lane * 0

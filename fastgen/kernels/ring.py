@@ -24,7 +24,7 @@ MMA_BF16, MMA_FP16 = gl.constexpr(MMA.format("bf16")), gl.constexpr(MMA.format("
 
 @gluon.jit
 def ring_memory(LINES: gl.constexpr):
-    """Return LINES x 512 bytes of shared memory and their address; `release` stands at the kernel's end.
+    """Return LINES x 512 bytes of shared memory and their address; a kernel ends with `release` or `_keep_alive`.
 
     It must be the first that a kernel allocates: the address is that of Triton's symbol for all of a program's shared
     memory (a test looks at where the rest lies). From sm_80 on that is 1024, behind CUDA's own, so lines begin at
