@@ -103,8 +103,8 @@ def draft_token(
         places = torch.cat((places - 1, places), 1)
         tokens = torch.cat((rows.text.gather(1, places[:, :1]), tokens), 1)
     # A broken draft drafts something; the target decides.
-    hidden = model(tokens.clamp(0, model.config.vocab_size - 1), places, keys, following)[:, -1]
-    if options.takes_largest and model.vocabulary.is_whole and model.config.vocab_size == vocab_size:
+    hidden = model(tokens.clamp(0, model.vocab_size - 1), places, keys, following)[:, -1]
+    if options.takes_largest and model.vocabulary.is_whole and model.vocab_size == vocab_size:
         return DraftStep(model.greedy_token(hidden), None)
     return draw(
         model, hidden, rows, following, seen, options, vocab_size=vocab_size, independent=independent
@@ -151,7 +151,7 @@ def self_drafter(
     name: str, target: Transformer, layers: int, reach: int, *, batch: int, compiled: bool
 ) -> ModelDrafter:  # fmt: skip
     """Return the drafter that is the target's first layers with its head; what it appends, verifying overwrites."""
-    head, vocab_size = target.first_layers(layers), target.config.vocab_size
+    head, vocab_size = target.first_layers(layers), target.vocab_size
     return ModelDrafter(name, head, vocab_size, reach, batch=batch, compiled=compiled, shares_cache=True)
 
 

@@ -99,6 +99,7 @@ class Transformer(nn.Module):
         self.by_region = False
         self.cache_owner: object = None
         self.vocabulary: Vocabulary = WHOLE
+        self.vocab_size = config.vocab_size  # of the whole, where `config` and `vocabulary` are of a part
         self.rope = Rope(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))

@@ -90,7 +90,7 @@ def decide(
     else:
         target = adjust(logits, options, seen=seen, knobs=knobs).softmax(-1)
         verdict = _accept_or_resample(rows, target, probabilities, tokens[:, 1:], limit)
-    verdict = verdict._replace(tokens=model.vocabulary.check(verdict.tokens, hidden, own))
+    verdict = verdict._replace(tokens=model.vocabulary.check(verdict.tokens, hidden, own, fed=tokens))
     return Round(*verdict, log_probabilities(logits, verdict.tokens) if logprobs else None)
 
 
@@ -221,7 +221,7 @@ class Rounds:
             self._first.fill_(start)
             self._run(("show", drafter, width), partial(self._show, steps.model, width))
         else:
-            tokens = self.rows.text[:, start : start + width].clamp(0, steps.model.config.vocab_size - 1)
+            tokens = self.rows.text[:, start : start + width].clamp(0, steps.model.vocab_size - 1)
             steps.prefill(tokens, start, self.rows.positions + 1)
 
     def verify(self, width: int, filled: int, options: SamplingOptions, *, logprobs: bool) -> Round:
@@ -245,7 +245,7 @@ class Rounds:
 
     def _show(self, draft: Transformer, width: int) -> None:
         places = (self._first + self._positions[:width]).expand(len(self.rows.token), -1)
-        tokens = self.rows.text.gather(1, places).clamp(0, draft.config.vocab_size - 1)
+        tokens = self.rows.text.gather(1, places).clamp(0, draft.vocab_size - 1)
         draft(tokens, places, self._positions[: self.bounds[-1]], self.rows.positions + 1)
 
     def _decode(self, bound: int, options: SamplingOptions, logprobs: bool) -> Round:
@@ -306,7 +306,7 @@ class Rounds:
         return self._drafts
 
     def _no_drafts(self, rows: Rows, independent: bool) -> Drafts:
-        shape = (len(rows.token), MOST_DRAFTS, self.model.config.vocab_size)
+        shape = (len(rows.token), MOST_DRAFTS, self.model.vocab_size)
         return Drafts(
             tokens=torch.zeros(len(rows.token), SPARE, dtype=torch.int64, device=rows.token.device),
             probabilities=torch.zeros(shape if independent else 0, device=rows.token.device),

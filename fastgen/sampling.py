@@ -47,8 +47,9 @@ class Vocabulary:
         """Return the logits of the whole vocabulary."""
         return logits
 
-    def check(self, token: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
-        """Return the tokens, or `RANKS_DIFFER` where a check was asked for and some rank has other values."""
+    def check(self, token: Tensor, hidden: Tensor, logits: Tensor, *, fed: Tensor | None = None) -> Tensor:
+        """Return the tokens, or `RANKS_DIFFER` where a check was asked for and some rank has other values; `fed` are
+        the tokens that it has them from."""
         return token
 
 

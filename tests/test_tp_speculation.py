@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from fastgen.drafters import Draft
 from fastgen.engine import Engine
 from fastgen.errors import RankLostError
+from fastgen.load import LoadedModel
 from fastgen.options import GenerationOptions, SamplingOptions
 from fastgen.pace import PLAIN, Arm
 from fastgen.speculation import AUTO, Speculation
@@ -65,6 +67,49 @@ def test_ranks_whose_clocks_disagree_take_the_same_rounds(draft: str, sampling: 
     found = on_ranks(2, generate)
     assert [texts for texts, _ in found] == [expected] * 2
     assert found[0][1] == found[1][1] and len(found[0][1]) > 3, "many kinds of rounds, the same on both"
+
+
+@pytest.mark.parametrize("draft", ["model", "itself", "self:1", "ngram"])
+@pytest.mark.parametrize(
+    ("accept", "sampling"),
+    [("coupled", SamplingOptions(repetition_penalty=1.2)), ("coupled", SAMPLED), ("leviathan", SAMPLED)],
+    ids=["greedy, penalized", "coupled", "leviathan"],
+)
+def test_ranks_whose_parts_of_the_vocabulary_differ_in_size_accept_what_one_process_does(
+    draft: str, accept: str, sampling: SamplingOptions
+) -> None:
+    case = CASES["259 tokens"]
+    model, other = whole(case), drafting(case)
+    options = GenerationOptions(max_new_tokens=40, ignore_eos=True, sampling=sampling)
+
+    def generate(target: LoadedModel, model: LoadedModel) -> tuple[list[tuple[int, ...]], float | None]:
+        drafter = {"model": model, "itself": target}.get(draft, draft)
+        speculation = Speculation(draft=drafter, count=3, accept=accept)
+        engine = SpeculativeEngine(target, speculation, batch=2, max_seq_len=64)
+        return [row.tokens for row in engine.generate(PROMPTS[:2], options)], engine.tally.acceptance
+
+    expected = generate(model, other)
+    assert on_ranks(3, lambda ranks: generate(part(model, ranks), part(other, ranks))) == [expected] * 3
+    assert draft != "itself" or expected[1] == 1
+
+
+def test_drafts_that_ranks_differ_on_are_noticed_by_all() -> None:
+    model = whole(CASES["fp32"])
+
+    def generate(ranks: Ranks) -> str:
+        engine = SpeculativeEngine(part(model, ranks), Speculation(draft="self:1", count=3), max_seq_len=64)
+        (drafter,) = engine.drafters
+        draft = drafter.draft
+
+        def draft_otherwise(*given: object, **more: object) -> Draft:
+            return Draft(draft(*given, **more).tokens + ranks.rank, None)
+
+        drafter.draft = draft_otherwise
+        with pytest.raises(RankLostError) as error:
+            engine.generate(PROMPTS[:1], GenerationOptions(max_new_tokens=9))
+        return str(error.value)
+
+    assert all("--check-ranks" in message for message in on_ranks(2, generate))
 
 
 def test_a_verified_token_that_ranks_differ_on_is_noticed_by_all() -> None:

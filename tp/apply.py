@@ -63,15 +63,17 @@ class ShardedVocabulary(Vocabulary):
         parts = self._ranks.gather(F.pad(logits, (0, largest - logits.shape[-1]))).unbind()
         return torch.cat([part[..., :size] for part, size in zip(parts, self._sizes, strict=True)], -1)
 
-    def check(self, token: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
+    def check(self, token: Tensor, hidden: Tensor, logits: Tensor, *, fed: Tensor | None = None) -> Tensor:
         if not self._check:
             return token
-        # All logits and the hidden state that they come from must be the same bits on all ranks, and so must the token.
+        # All logits and the hidden state that they come from must be the same bits on all ranks, and so must the
+        # tokens: states are sums over the ranks, the same everywhere even if each has fed a token of its own.
         words = torch.cat((self.join(logits), hidden.float()), -1).view(torch.int32).long()
+        words = torch.cat((words, torch.stack((token, token if fed is None else fed), -1)), -1)
         place = torch.arange(words.shape[-1], device=words.device)
-        digest = hash_u32(words & 0xFFFF_FFFF, place).sum(-1, keepdim=True) + token[..., None]
-        every = self.gather(digest)
-        return torch.where((every == digest).all(-1), token, RANKS_DIFFER)
+        digest = hash_u32(words & 0xFFFF_FFFF, place).sum(-1, keepdim=True)
+        # One difference spoils all tokens: ranks that accept different numbers of drafts would not all come to it.
+        return torch.where((self.gather(digest) == digest).all(), token, RANKS_DIFFER)
 
 
 def shard(transformer: Transformer, stages: PartialStages, plan: Plan, ranks: Ranks, *, check: bool = False) -> None:
@@ -79,6 +81,7 @@ def shard(transformer: Transformer, stages: PartialStages, plan: Plan, ranks: Ra
     `check` compares the ranks at every step."""
     transformer.stages = ShardedStages(stages, plan, ranks)
     transformer.vocabulary = ShardedVocabulary(plan, ranks, check=check)
+    transformer.vocab_size = plan.config.vocab_size
 
 
 def quantize_part(
