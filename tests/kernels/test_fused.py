@@ -1,14 +1,17 @@
 """The stages together: what falls back to the reference, and that a chain of dependent launches loses nothing."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgen.config import ModelConfig
+from fastgen.config import ModelConfig, RopeScaling
 from fastgen.kernels import fixed_point, fused, launch, reference
 from fastgen.kernels.packed import PackedLinear
+from fastgen.kernels.rope import Rope
 from fastgen.model import Transformer
 from tests.kernels import support
 from tests.kernels.support import on_gpu
@@ -26,6 +29,33 @@ def random_model(stages: object, device: str, dtype: torch.dtype) -> Transformer
     model = model.to(device, dtype)
     model.allocate_cache(1, 512)
     return model
+
+
+class AsOnGpu(Tensor):
+    """A tensor of the CPU that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+class Kernels(TorchDispatchMode):
+    """Notes which kernels are called, and launches none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: object, types: object, arguments: tuple = (), keywords: dict | None = None):
+        if function.namespace != "fastgen":
+            return function(*arguments, **(keywords or {}))
+        self.names.append(function.overloadpacket.__name__)
+        return torch.empty(())
+
+
+def kernels_of(stage: Callable[..., Tensor], tensor: Tensor, *arguments: object) -> list[str]:
+    """Return the kernels that a stage calls whose first argument is on a GPU."""
+    with Kernels() as called:
+        stage(tensor.as_subclass(AsOnGpu), *arguments)
+    return called.names
 
 
 def test_on_a_cpu_every_stage_is_the_references() -> None:
@@ -57,6 +87,28 @@ def test_rows_that_do_not_begin_at_16_bytes_go_to_the_reference() -> None:
         assert torch.equal(getattr(fused, name)(x, norm, linear), getattr(reference, name)(x, norm, linear)), name
     assert torch.equal(fused.linear_add(x, linear, residual), reference.linear_add(x, linear, residual))
     assert torch.equal(fused.partial_linear(x, linear), reference.partial_linear(x, linear))
+
+
+@pytest.mark.parametrize(("width", "covered"), [(72, True), (68, False), (63, False)])
+def test_rows_that_begin_at_16_bytes_go_to_the_kernels_and_others_do_not(width: int, covered: bool) -> None:
+    norm = support.norm(width, dtype=torch.bfloat16, device="cpu")
+    linear = support.linear(34, width, bias=True, dtype=torch.bfloat16, device="cpu")
+    x, residual = torch.ones(1, 3, width, dtype=torch.bfloat16), torch.ones(1, 3, 34, dtype=torch.bfloat16)
+    for name in ("norm_linear", "norm_swiglu", "head", "greedy_head"):
+        assert kernels_of(getattr(fused, name), x, norm, linear) == [name] * covered
+    assert kernels_of(fused.linear_add, x, linear, residual) == ["linear_add"] * covered
+    assert kernels_of(fused.partial_linear, x, linear) == ["partial_linear"] * covered
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "covered"), [("yarn", 16, True), ("yarn", 17, False), ("dynamic", 1, False)]
+)
+def test_rotations_of_prefill_or_that_hang_on_a_texts_length_go_to_the_reference(
+    kind: str, tokens: int, covered: bool
+) -> None:
+    rope = Rope(replace(CONFIG, rope_scaling=RopeScaling(kind=kind, factor=2.0, original_max_seq_len=256)))
+    positions, lengths = torch.arange(tokens)[None], torch.tensor([tokens])
+    assert kernels_of(fused.rotations, positions, lengths, rope) == ["rotations"] * covered
 
 
 @on_gpu

@@ -10,6 +10,7 @@ from fastgen.kernels import fused, reference
 from fastgen.kernels.head import REGISTERS, greedy_head, greedy_head_kernel, head, pick_token_kernel
 from fastgen.kernels.launch import Shape
 from tests.kernels import support
+from tests.kernels.machine import OnMachine
 from tests.kernels.support import compile_ahead, compiled_ahead, on_gpu
 
 
@@ -18,6 +19,15 @@ def stage(vocabulary: int, width: int, tokens: int, dtype: torch.dtype, device: 
     x = torch.randn(tokens, width, device=device).to(dtype)
     linear = support.linear(vocabulary, width, bias=bias, dtype=dtype, device=device)
     return x, support.norm(width, dtype=dtype, device=device), linear
+
+
+def tie(linear: torch.nn.Linear) -> torch.Tensor:
+    """Make rows of a linear equal that are 1, 8 and half of all rows apart; return the first of each row's equals."""
+    rows = torch.arange(linear.out_features, device=linear.weight.device)
+    first = rows % (linear.out_features // 2) & ~9
+    for parameter in linear.parameters():
+        parameter.copy_(parameter[first])
+    return first
 
 
 @on_gpu
@@ -37,9 +47,8 @@ def test_logits_are_as_good_as_torchs(vocabulary: int, width: int, bias: bool, t
 @pytest.mark.parametrize("tokens", [1, 4, 16])
 def test_greedy_head_gives_the_first_largest_logit(tokens: int, vocabulary: int) -> None:
     x, norm, linear = stage(vocabulary, 256, tokens, torch.bfloat16, "cuda")
-    linear.weight[vocabulary // 2 :] = linear.weight[: vocabulary - vocabulary // 2].clone()
-    expected = fused.head(x, norm, linear).max(-1)
-    assert torch.equal(fused.greedy_head(x, norm, linear), expected.indices.clamp(max=vocabulary // 2 - 1))
+    first = tie(linear)
+    assert torch.equal(fused.greedy_head(x, norm, linear), first[fused.head(x, norm, linear).argmax(-1)])
 
 
 @on_gpu
@@ -68,9 +77,24 @@ def test_memory_never_idles(tokens: int, capability: int, element: str, assert_s
 
 @compiled_ahead
 @pytest.mark.parametrize(("capability", "pdl"), support.TARGETS)
-def test_the_second_kernel_compiles_without_a_gpu(capability: int, pdl: bool) -> None:
+def test_the_second_kernel_compiles_without_a_gpu_and_lets_nobody_start_early(capability: int, pdl: bool) -> None:
     arguments = {"best": "*fp32", "ids": "*i32", "out": "*i64", "blocks": "i32"}
-    compile_ahead(pick_token_kernel, capability, arguments, {"WIDTH": 1024, "PDL": pdl})
+    code = compile_ahead(pick_token_kernel, capability, arguments, {"WIDTH": 1024, "PDL": pdl}).asm["ptx"]
+    assert "griddepcontrol.launch_dependents" not in code
+    assert ("griddepcontrol.wait" in code) is pdl
+
+
+@compiled_ahead
+def test_on_the_machine_the_lowest_of_equal_tokens_wins_in_whichever_tile_it_stands() -> None:
+    tiles, width = 2100, 1024
+    ties = [(7, 8), (width - 1, width), (5, 5 + width), (5, 5 + width, 5 + 2 * width)]
+    cases = [(places, lowest) for places in ties for lowest in places]
+    best, ids = torch.rand(len(cases), tiles), torch.arange(100, 100 + tiles, dtype=torch.int32).repeat(len(cases), 1)
+    for case, (places, lowest) in enumerate(cases):
+        best[case, list(places)], ids[case, lowest] = 2.0, 1 + case
+    out = torch.empty(len(cases), dtype=torch.int64)
+    OnMachine(pick_token_kernel)[(len(cases),)](best, ids, out, tiles, WIDTH=width, PDL=True, launch_pdl=True)
+    assert out.tolist() == list(range(1, 1 + len(cases)))
 
 
 @compiled_ahead
@@ -88,7 +112,7 @@ def test_on_the_machine_greedy_head_gives_the_first_largest_logit_or_none(
 ) -> None:
     on_machine(Shape(1, tiles, 1, 40 if tokens == 1 else 0))
     x, norm, linear = stage(77, width, tokens, torch.bfloat16, "cpu", True)
-    linear.weight[38:76], linear.bias[38:76] = linear.weight[:38].clone(), linear.bias[:38].clone()
+    first = tie(linear)
     arguments = (x, norm.weight, 1e-5, linear.weight, linear.bias)
     top, empty = linear_in_fp64(x, norm, linear).argmax(-1), torch.empty
 
@@ -98,7 +122,7 @@ def test_on_the_machine_greedy_head_gives_the_first_largest_logit_or_none(
         return made.fill_(float("inf")) if made.dtype is torch.float32 else made
 
     monkeypatch.setattr(torch, "empty", largest)
-    assert torch.equal(greedy_head(*arguments), torch.where(top < 76, top % 38, top))
+    assert torch.equal(greedy_head(*arguments), first[top])
     x[tokens // 2, 3] = float("nan")
     assert greedy_head(*arguments).lt(0).nonzero()[:, 0].tolist() == [tokens // 2]
     linear.bias[50] = float("inf")
