@@ -1,0 +1,58 @@
+"""What graphs are kept for, and where rows lie that graphs read; captures are CUDA's and are stood in for here."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgen.graphs import GraphDecoder, Graphs, bounds_below
+
+
+class Rows(NamedTuple):
+    """What `GraphDecoder` asks of rows."""
+
+    token: Tensor
+    positions: Tensor
+
+
+@pytest.fixture
+def decoder(monkeypatch: pytest.MonkeyPatch) -> GraphDecoder:
+    """A decoder whose graphs decode nothing: what they give is the tensors that they would read for ever."""
+
+    def capture(self: Graphs, work: Callable[[], Any], state: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        return SimpleNamespace(replay=lambda: None), state
+
+    monkeypatch.setattr(Graphs, "_capture", capture)
+    return GraphDecoder(lambda: None, 600, 0, bounds_below(600))
+
+
+def rows_of(texts: int, value: int) -> Rows:
+    return Rows(torch.full((texts,), value), torch.arange(texts) + value)
+
+
+def test_graphs_read_the_rows_that_were_started_last_however_many(decoder: GraphDecoder) -> None:
+    for value, (texts, captures) in enumerate([(1, 1), (3, 2), (3, 2), (1, 3), (1, 3)]):
+        rows = rows_of(texts, value)
+        decoder.start(rows)
+        read = decoder.decode(9, None, logprobs=False)
+        assert all(map(torch.equal, read, rows)), f"{texts} texts"
+        assert not any(map(torch.Tensor.is_set_to, read, rows)), "the caller's rows are not moved on"
+        assert decoder.captures == captures, "rows of the same sizes go where the last ones were, and graphs are kept"
+
+
+def test_there_is_a_graph_for_every_bound_and_choice_and_the_smallest_that_holds_a_text_is_taken(
+    decoder: GraphDecoder,
+) -> None:
+    decoder.start(rows_of(1, 0))
+    for filled, options, logprobs, captures in (
+        (256, "greedy", False, 1), (1, "greedy", False, 1), (257, "greedy", False, 2), (512, "greedy", False, 2),
+        (513, "greedy", False, 3), (600, "greedy", False, 3), (9, "sampled", False, 4), (9, "greedy", True, 5),
+    ):  # fmt: skip
+        decoder.decode(filled, options, logprobs=logprobs)
+        assert decoder.captures == captures, f"{filled} positions, {options}"
+    decoder.forget()
+    decoder.decode(256, "greedy", logprobs=False)
+    assert decoder.captures == 6
