@@ -159,12 +159,11 @@ class Chat:
     def _record(self, completion: "Completion") -> None:
         timings, room = self.engine.timings, self.engine.max_seq_len
         count = len(completion.tokens)
-        times = timings.tokens[:count]
         turn = Turn(
             prompt_tokens=len(completion.prompt_tokens),
             prefilled_tokens=timings.prefilled_tokens,
             new_tokens=count,
-            decode_tokens_per_second=(count - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
+            decode_tokens_per_second=(count - 1) / timings.decoded(count)[1] if count > 1 else None,
             finish_reason=completion.finish_reason or "interrupted",
         )
         self.turns.append(turn)

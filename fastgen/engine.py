@@ -56,12 +56,21 @@ class Timings:
     prefilled: float = 0.0
     prefilled_tokens: int = 0  # of the longest prompt; what the cache held already is not counted
     tokens: list[float] = field(default_factory=list)  # when the host had each step's tokens
+    ends: list[int] = field(default_factory=list)  # how many steps had been made whenever some had come
 
     def share_out(self, steps: int) -> None:
         """Record that the host has the tokens of so many steps: only their end can be seen, so they share the time."""
         now = time.perf_counter()
         before = self.tokens[-1] if self.tokens else now
         self.tokens += [before + (now - before) * (step + 1) / steps for step in range(steps)]
+        self.ends.append(len(self.tokens))
+
+    def decoded(self, count: int) -> tuple[int, float]:
+        """Return how many steps behind the first had been made when the host had `count` of them, at least one, and the
+        seconds that they took: a burst, or a round, comes as a whole, and takes its time whoever needs the last of it.
+        """
+        end = next(end for end in self.ends if end >= count)
+        return end - 1, self.tokens[end - 1] - self.tokens[0]
 
 
 class Engine:

@@ -77,11 +77,11 @@ def measure(
     counts = [len(row.tokens) for row in completions]
     times = timings.tokens[: max(counts)]
     steps = [1e3 * (late - early) for early, late in itertools.pairwise(times)]
-    seconds = times[-1] - times[0] if steps else None
+    made, seconds = timings.decoded(len(times)) if steps else (0, None)
     weights = model.weight_bytes()
     kv = sum(model.kv_bytes(len(row.prompt_tokens) + len(row.tokens) // 2) for row in completions)
     speculation = engine.figures() if isinstance(engine, SpeculativeEngine) else None
-    passes = sum(speculation.arms.values()) if speculation and speculation.rounds else len(steps)
+    passes = sum(speculation.arms.values()) if speculation and speculation.rounds else made
     speed = (weights + kv) * passes / seconds / 1e9 if seconds else None
     prefill = timings.prefilled - timings.start if timings.prefilled else None
     peak = peak_memory(engine.device)
@@ -112,8 +112,8 @@ def compared(metrics: Metrics, plain: Timings, plain_tokens: Sequence[int], toke
     """Return the metrics with those of plain decoding, of the same text in the same process, beside speculation's."""
     if metrics.speculation is None or metrics.decode_tokens_per_second is None or len(plain_tokens) < 2:
         return metrics
-    times = plain.tokens[: len(plain_tokens)]
-    step = (times[-1] - times[0]) / (len(times) - 1)
+    _, seconds = plain.decoded(len(plain_tokens))
+    step = seconds / (len(plain_tokens) - 1)
     speculation = replace(
         metrics.speculation,
         plain_ms_per_token=1e3 * step,

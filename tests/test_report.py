@@ -17,7 +17,8 @@ def completion(prompt: int, new: int) -> Completion:
 def test_metrics_are_those_of_known_times_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgen.report.measure_read_bandwidth", lambda device: 0.002)
     engine = Engine(random_model(), batch=2)
-    engine.timings = Timings(start=10.0, prefilled=10.5, tokens=[10.75, 11.0, 11.5, 12.5, 99.0])
+    times = [10.75, 11.0, 11.5, 12.5, 99.0]
+    engine.timings = Timings(start=10.0, prefilled=10.5, tokens=times, ends=[1, 2, 3, 4, 5])
     found = measure(engine, [completion(6, 4), completion(9, 2)], load_seconds=1.5, compile_seconds=0.0)
     # 2 layers of wqkv, wo, gate and up, down, two norms; the last norm, the head, and one row of the embedding.
     layer = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32
@@ -35,10 +36,24 @@ def test_metrics_are_those_of_known_times_and_bytes(monkeypatch: pytest.MonkeyPa
 
 def test_a_single_token_has_no_rates() -> None:
     engine = Engine(random_model())
-    engine.timings = Timings(start=10.0, prefilled=10.5, tokens=[10.75])
+    engine.timings = Timings(start=10.0, prefilled=10.5, tokens=[10.75], ends=[1])
     found = measure(engine, [completion(6, 1)], load_seconds=0.0, compile_seconds=0.0)
     assert found.decode_tokens_per_second is found.ms_per_token is found.share_of_limit is None
     assert found.read_limit_gb_per_second is None, "there is nothing to compare, and it takes time"
+
+
+def test_a_round_takes_its_time_however_little_of_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgen.report.measure_read_bandwidth", lambda device: 0.002)
+    engine, clock = Engine(random_model()), iter([10.75, 11.75, 13.75])
+    engine.timings = Timings(start=10.0, prefilled=10.5)
+    with monkeypatch.context() as patch:
+        patch.setattr("time.perf_counter", lambda: next(clock))
+        for steps in (1, 8, 8):
+            engine.timings.share_out(steps)
+    found = measure(engine, [completion(6, 12)], load_seconds=0.0, compile_seconds=0.0)
+    assert found.decode_tokens_per_second == pytest.approx(11 / 3)
+    assert found.gb_per_second == pytest.approx((found.weight_bytes + found.kv_bytes) * 16 / 3 / 1e9)
+    assert found.ms_per_token == Spread(125.0, 125.0, 250.0)
 
 
 def test_a_spread_holds_the_median_and_the_tenth_parts_from_both_ends() -> None:
