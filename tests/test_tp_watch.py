@@ -140,6 +140,19 @@ def test_what_is_shared_comes_in_order_to_all(tmp_path: Path) -> None:
         assert set(ranks.told()) == {" ".join(f"[0, {n}, 'text']" for n in range(50)) + "\n"}
 
 
+def test_values_of_any_size_are_shared_and_a_damaged_line_ends_all(tmp_path: Path) -> None:
+    large = "print(len(watch.share('x' * 50_000_000)))"
+    with crew(tmp_path, large, large) as ranks:
+        assert ranks.ended() == [0, 0] and ranks.told() == ["50000000\n"] * 2
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    garbling = "sleep(0.5); watch._peers[0].connection.sendall(b'{]\\n'); sleep(40)"
+    with crew(damaged, WAITING, garbling) as ranks:
+        assert ranks.ended() in ([-9, 6], [6, 6]), "the second may be sooner than the first"
+        said = "".join(ranks.told())
+        assert said.count("\n") == 1 and "rank 0 of 2 failed to watch the others (JSONDecodeError" in said
+
+
 def test_ranks_that_were_all_stopped_together_go_on(tmp_path: Path) -> None:
     timeout = 6.0
     going = "for _ in range(200): watch.at('decode'); sleep(0.02)"

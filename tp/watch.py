@@ -61,7 +61,7 @@ class Peer:
     machine: str
     pid: int
     heard: float
-    buffer: bytes = b""
+    buffer: bytearray = field(default_factory=bytearray)  # of a line that has not ended
     progress: int = 0
     phase: str = "start"
     moved: float = field(default_factory=time.monotonic)
@@ -151,7 +151,7 @@ class Watch:
             signal.signal(signal.SIGINT, self._on_interrupt)
             signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         self.connected = True
-        threading.Thread(target=self._run, daemon=True, name="watch").start()
+        threading.Thread(target=self._run_or_end, daemon=True, name="watch").start()
 
     def at(self, phase: str) -> None:
         """Note that this rank has come on, to or within a phase.
@@ -214,6 +214,12 @@ class Watch:
 
     # What its own thread does.
 
+    def _run_or_end(self) -> None:
+        try:
+            self._run()
+        except Exception as error:  # noqa: BLE001  (whoever is not watched waits for ever)
+            self._lose(self.place.rank, f"failed to watch the others ({type(error).__name__}: {error})")
+
     def _run(self) -> None:
         woken = float("-inf")
         while True:
@@ -252,7 +258,10 @@ class Watch:
                 self._lose(rank, f"died in {peer.phase}")
             return
         peer.heard = time.monotonic()
-        *lines, peer.buffer = (peer.buffer + data).split(b"\n")
+        peer.buffer += data
+        if b"\n" not in data:
+            return
+        *lines, peer.buffer = peer.buffer.split(b"\n")
         for line in lines:
             for kind, value in json.loads(line).items():
                 self._take(rank, peer, kind, value)
@@ -358,7 +367,7 @@ class Watch:
         with self._lock:
             for peer in self._peers.values():
                 with contextlib.suppress(OSError):  # its end is seen where it is read
-                    peer.connection.sendall(_line(message))
+                    _send_line(peer.connection, _line(message))
 
     def _add(self, rank: int, connection: socket.socket, told: dict[str, Any]) -> None:
         connection.settimeout(GRACE)
@@ -386,6 +395,17 @@ def _hello(rank: int, key: str) -> bytes:
 
 def _line(message: dict[str, Any]) -> bytes:
     return json.dumps(message).encode() + b"\n"
+
+
+def _send_line(connection: socket.socket, line: bytes) -> None:
+    """Send a line of any length to whoever goes on reading; who does not reads no half of it, but the end."""
+    rest = memoryview(line)
+    try:
+        while rest:
+            rest = rest[connection.send(rest) :]
+    except TimeoutError:
+        connection.shutdown(socket.SHUT_WR)
+        raise
 
 
 def _read_line(connection: socket.socket) -> bytes:
