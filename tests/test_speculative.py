@@ -257,6 +257,14 @@ def test_a_round_reads_nothing_on_the_host(target: LoadedModel, draft: str, acce
             engine._rounds.rows.positions.max().item()
 
 
+@pytest.mark.parametrize("accept", ["coupled", "leviathan"])
+def test_no_more_is_accepted_than_was_drafted_however_wide_the_round(target: LoadedModel, accept: str) -> None:
+    engine = SpeculativeEngine(target, Speculation(draft="self:2", count=4, accept=accept), max_seq_len=CAPACITY)
+    sampling = SamplingOptions(temperature=1.0, seed=1)
+    engine.generate([text_of(4)], GenerationOptions(max_new_tokens=60, ignore_eos=True, sampling=sampling))
+    assert set(engine.tally.accepted) == {4}, "all of a draft that is the target itself, in rounds of 8 tokens"
+
+
 def test_leviathans_rule_is_greedy_decoding_without_a_temperature(target: LoadedModel) -> None:
     expected = texts(Engine(target, max_seq_len=CAPACITY), [PROMPTS[0]], GREEDY)
     speculation = Speculation(draft=random_model(1), count=3, accept="leviathan")
@@ -310,20 +318,20 @@ def pair_probabilities(
     return following([prompt])[0], following([[*prompt, token] for token in range(10)])
 
 
-REFUSED = {
-    "count=16": "--speculate 16: expected 1 to 15 tokens a round, or auto",
-    "count=0": "--speculate 0: expected 1 to 15",
-    "accept='often'": "--accept often: expected coupled or leviathan",
-    "accept='leviathan'": "--accept leviathan: needs a fixed --speculate K",
-    "draft='self:9'": "--draft self:9: expected a model, ngram, none, or self:N with N from 1 to 2",
-    "draft='self:x'": "--draft self:x: expected",
-}
-
-
-@pytest.mark.parametrize("arguments", REFUSED)
-def test_what_cannot_be_is_refused(target: LoadedModel, arguments: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(REFUSED[arguments])):
-        SpeculativeEngine(target, eval(f"Speculation({arguments})"), max_seq_len=CAPACITY)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"count": 16}, "--speculate 16: expected 1 to 15 tokens a round, or auto"),
+        ({"count": 0}, "--speculate 0: expected 1 to 15"),
+        ({"accept": "often"}, "--accept often: expected coupled or leviathan"),
+        ({"accept": "leviathan"}, "--accept leviathan: needs a fixed --speculate K"),
+        ({"draft": "self:9"}, "--draft self:9: expected a model, ngram, none, or self:N with N from 1 to 2"),
+        ({"draft": "self:x"}, "--draft self:x: expected"),
+    ],
+)
+def test_what_cannot_be_is_refused(target: LoadedModel, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        SpeculativeEngine(target, Speculation(**arguments), max_seq_len=CAPACITY)
 
 
 def test_a_draft_of_another_vocabulary_is_refused_with_the_first_difference(target: LoadedModel) -> None:
