@@ -23,7 +23,7 @@ from torch import Tensor
 from fastgen.device import require_memory, synchronize
 from fastgen.drafters import NgramDrafter
 from fastgen.engine import Engine, StepTokens
-from fastgen.load import LoadedModel
+from fastgen.load import LoadedModel, Progress
 from fastgen.options import GenerationOptions, SamplingOptions
 from fastgen.pace import (
     MODEL_HOPE,
@@ -118,6 +118,16 @@ class SpeculativeEngine(Engine):
 
     def _captures(self) -> int:
         return super()._captures() + self._rounds.captures
+
+    @torch.inference_mode()
+    def warm_up(self, options: GenerationOptions | None = None, progress: Progress | None = None) -> None:
+        """See `Engine.warm_up`; without `compile` too it measures what `auto` chooses by, which else is done before the
+        first text."""
+        super().warm_up(options, progress)
+        if not self.compiled:
+            if self._own_cache():
+                self._forget()
+            self._calibrate(options or GenerationOptions())
 
     def _warm_jobs(self, options: GenerationOptions) -> list[Callable[[], None]]:
         jobs = self._warm_prefills(self._steps)

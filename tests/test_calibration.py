@@ -35,6 +35,17 @@ def test_a_plain_step_is_priced_by_its_share_of_a_burst(target: LoadedModel, mon
     assert engine.pace._showing == engine._showing == {16: 0.16, 128: 1.28}
 
 
+def test_a_warm_up_measures_before_the_first_text_compiled_or_not(
+    target: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = SpeculativeEngine(target, Speculation(draft="ngram"), max_seq_len=CAPACITY)
+    SpeculativeEngine(target, Speculation(draft="ngram"), max_seq_len=32)  # which takes the cache
+    engine.warm_up(GREEDY)
+    assert isinstance(engine.pace, LivePace)
+    monkeypatch.setattr(engine, "_time_round", None)
+    engine.generate([text_of(5)], GREEDY)
+
+
 def test_an_interrupted_rehearsal_is_made_anew(target: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chat goes on after Ctrl-C, and is not to keep to the round that was being timed."""
 
