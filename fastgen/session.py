@@ -4,7 +4,6 @@ Commands import it inside functions, since it imports torch.
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from fastgen import cli, flags, report
@@ -115,11 +114,15 @@ def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases, *, c
         if cache_dir:
             raise UsageError("--cache-dir: only with --compile")
         return
-    folder = use_cache(Path(cache_dir), _compile_facts(engine, options), _noting(phases)) if cache_dir else None
+
+    def note(line: str) -> None:
+        phases.note([line])
+
+    cache = None if cache_dir is None else use_cache(cache_dir, _compile_facts(engine, options), note)
     with phases.phase("compile", "(first run 10 to 120 s, later a few)") as advance:
         engine.warm_up(options, advance)
-    if folder:
-        seal(folder)
+    if cache:
+        seal(cache, note)
 
 
 def _compile_facts(engine: Engine, options: GenerationOptions) -> dict[str, object]:
@@ -134,10 +137,6 @@ def _compile_facts(engine: Engine, options: GenerationOptions) -> dict[str, obje
         "device": describe(model.placement.device),
         "versions": report.versions(),
     }
-
-
-def _noting(phases: cli.Phases) -> Callable[[str], None]:
-    return lambda line: phases.note([line])
 
 
 def check_recompiles(config: flags.ModelFlags, engine: Engine) -> None:
