@@ -118,24 +118,45 @@ def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases, *, c
     def note(line: str) -> None:
         phases.note([line])
 
-    cache = None if cache_dir is None else use_cache(cache_dir, _compile_facts(engine, options), note)
+    cache = None if cache_dir is None else use_cache(cache_dir, compile_facts(engine, options), note)
     with phases.phase("compile", "(first run 10 to 120 s, later a few)") as advance:
         engine.warm_up(options, advance)
     if cache:
         seal(cache, note)
 
 
-def _compile_facts(engine: Engine, options: GenerationOptions) -> dict[str, object]:
-    """Return what compiled kernels hang on, as JSON."""
-    model = engine.model
+def compile_facts(engine: Engine, options: GenerationOptions) -> dict[str, object]:
+    """Return what compiled kernels hang on, as JSON.
+
+    Not how long the cache is, which follows from the prompt: kernels that hang on it are added to the others.
+    """
+    return {
+        "model": _model_facts(engine.model),
+        "speculation": _speculation_facts(engine.speculation) if isinstance(engine, SpeculativeEngine) else None,
+        "batch": engine.batch,
+        "sampling": dataclasses.asdict(options.sampling.structure()),
+        "logprobs": options.logprobs,
+        "device": describe(engine.device),
+        "versions": report.versions(),
+    }
+
+
+def _model_facts(model: LoadedModel) -> dict[str, object]:
     return {
         "config": dataclasses.asdict(model.config),
         "format": model.format,
-        "batch": engine.batch,  # no compiled kernel hangs on how long the cache is
-        "sampling": dataclasses.asdict(options.sampling.structure()),
+        "dtype": str(model.placement.dtype),
+        "kernels": model.transformer.stages.attend.__module__,
         "rank": [model.ranks.rank, model.ranks.world],
-        "device": describe(model.placement.device),
-        "versions": report.versions(),
+    }
+
+
+def _speculation_facts(speculation: Speculation) -> dict[str, object]:
+    draft = speculation.draft
+    return {
+        "draft": draft if isinstance(draft, str) else _model_facts(draft),
+        "count": speculation.count,
+        "accept": speculation.accept,
     }
 
 

@@ -1,0 +1,117 @@
+"""`--cache-dir` in the commands: other kernels have another folder."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fastgen import session
+from fastgen.cli import Phases
+from fastgen.compile_cache import SEAL, use_cache
+from fastgen.engine import Engine
+from fastgen.options import GenerationOptions, SamplingOptions
+from fastgen.speculation import Speculation
+from fastgen.speculative import SpeculativeEngine
+from tests.models import random_model
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(variable, "elsewhere")
+
+
+def test_every_fact_makes_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts: dict[str, object] = {}
+
+    def add(name: str, engine: Engine, options: GenerationOptions | None = None) -> None:
+        facts[name] = session.compile_facts(engine, options or GenerationOptions())
+
+    def speculating(**changes: object) -> Engine:
+        return SpeculativeEngine(model, Speculation(**({"draft": "ngram", "count": 3} | changes)))  # type: ignore[arg-type]
+
+    model = random_model()
+    add("plain", Engine(model))
+    add("size", Engine(random_model(n_layers=3)))
+    add("batch", Engine(model, batch=2))
+    add("sampling", Engine(model), GenerationOptions(sampling=SamplingOptions(temperature=0.5)))
+    add("log-probabilities", Engine(model), GenerationOptions(logprobs=True))
+    add("n-grams", speculating())
+    add("number of drafts", speculating(count=4))
+    add("rule", speculating(accept="leviathan"))
+    add("draft of its own layers", speculating(draft="self:1"))
+    add("draft of its own", speculating(draft=random_model(seed=1)))
+    add("smaller draft", speculating(draft=random_model(seed=1, n_layers=1)))
+
+    quantized = random_model()
+    monkeypatch.setattr(type(quantized), "format", "int8")
+    add("format", Engine(quantized))
+    add("dtype", Engine(random_model(dtype="bf16")))
+    monkeypatch.undo()
+
+    for rank, world in ((0, 2), (1, 2)):
+        ranks = SimpleNamespace(rank=rank, world=world)
+        add(f"rank {rank} of {world}", Engine(dataclasses.replace(random_model(), ranks=ranks)))  # type: ignore[arg-type]
+
+    kernels = random_model()
+
+    class Fused:
+        def __getattr__(self, name: str) -> object:
+            return self.attend if name == "attend" else getattr(model.transformer.stages, name)
+
+        @staticmethod
+        def attend(*arguments: object) -> None:
+            """Of another module."""
+
+    kernels.transformer.stages = Fused()  # type: ignore[assignment]
+    add("kernels", Engine(kernels))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "describe", lambda device: "another GPU")
+        add("device", Engine(model))
+    with monkeypatch.context() as patch:
+        patch.setattr(session.report, "versions", lambda: {"torch": "1.0"})
+        add("versions", Engine(model))
+
+    folders = {name: use_cache(str(tmp_path), entry, print).folder.name[:16] for name, entry in facts.items()}
+    assert len(set(folders.values())) == len(folders), folders
+    assert session.compile_facts(Engine(random_model(seed=5)), GenerationOptions()) == facts["plain"]
+
+
+class CompilingEngine(Engine):
+    """An engine whose compilation is the writing of one file."""
+
+    compiled = True  # type: ignore[assignment]
+
+    def warm_up(self, options: object = None, progress: object = None) -> None:
+        with contextlib.suppress(FileExistsError):
+            Path(os.environ["TRITON_CACHE_DIR"], "kernel").touch(exist_ok=False)
+            type(self).compilations += 1
+
+    compilations = 0
+
+
+def test_a_warm_up_keeps_what_it_compiled_for_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        engine, options = CompilingEngine(random_model()), GenerationOptions()
+        session.warm_up(engine, options, Phases(), cache_dir=str(tmp_path))
+    assert CompilingEngine.compilations == 1
+    (seal_file,) = tmp_path.glob(f"*/{SEAL}")
+    assert list(json.loads(seal_file.read_text())) == ["triton/kernel"]
+    assert "note" not in capsys.readouterr().err
+
+
+def test_a_warm_up_whose_folder_cannot_be_sealed_is_good_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def block_seal(engine: Engine, *arguments: object) -> None:
+        Path(os.environ["TRITON_CACHE_DIR"]).with_name(SEAL).mkdir()
+
+    monkeypatch.setattr(CompilingEngine, "warm_up", block_seal)
+    session.warm_up(CompilingEngine(random_model()), GenerationOptions(), Phases(), cache_dir=str(tmp_path))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+    assert "cannot be sealed" in line
