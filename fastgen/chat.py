@@ -53,8 +53,6 @@ class Turn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     config = cli.parse(ChatConfig, argv, prog=PROG, description="Chat with a model.")
-    if not config.compile:
-        flags.refuse(config, ["fail_on_recompile"], "only with --compile")
     options = flags.generation_options(config)
     flags.drafts(config)
 

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from fastgen.compile_cache import cache_root
 from fastgen.errors import UsageError
 from fastgen.options import GenerationOptions, SamplingOptions
 
@@ -44,9 +45,6 @@ class ComputeFlags(PlacementFlags):
     """How to compute."""
 
     compile: bool = flag(False, "compile with torch.compile", aliases=["compile-prefill"])
-    cache_dir: str | None = flag(
-        None, "with --compile: keep what is compiled in this folder (default: the user's cache)", metavar="DIR"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +152,16 @@ class SpeculationFlags:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineFlags(ModelFlags, SpeculationFlags):
     """A model to generate with, and who drafts for it."""
+
+    cache_dir: str | None = flag(
+        None, "with --compile: keep what is compiled in this folder (default: the user's cache)", metavar="DIR"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.compile:
+            refuse(self, ["fail_on_recompile", "cache_dir"], "only with --compile")
+        if self.cache_dir is not None:
+            cache_root(self.cache_dir)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

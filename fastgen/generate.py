@@ -57,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"--num-samples {config.num_samples}: expected at least 1")
     if config.system is not None and not config.chat:
         raise UsageError("--system: only with --chat")
-    if not config.compile:
-        flags.refuse(config, ["fail_on_recompile"], "only with --compile")
     check_speculation(config)
     options = flags.generation_options(config, ignore_eos=config.ignore_eos)
     leads = process_watch().place.leads
@@ -127,6 +125,8 @@ def check_speculation(config: GenerateConfig) -> None:
         raise UsageError("--compare-plain: compares one text; leave --num-samples out")
     if config.show_accepted and (config.num_samples > 1 or config.json or not config.stream):
         raise UsageError("--show-accepted: colours one text as it comes: without --num-samples, --json, --no-stream")
+    if config.check_lossless:
+        flags.refuse(config, ["cache_dir"], "not with --check-lossless, which compiles one engine after another")
     if config.check_lossless < 0:
         raise UsageError(f"--check-lossless {config.check_lossless}: expected a number of texts")
 

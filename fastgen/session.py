@@ -111,8 +111,6 @@ def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases, *, c
     cannot be written.
     """
     if not engine.compiled:
-        if cache_dir:
-            raise UsageError("--cache-dir: only with --compile")
         return
 
     def note(line: str) -> None:

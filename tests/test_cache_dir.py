@@ -1,4 +1,4 @@
-"""`--cache-dir` in the commands: other kernels have another folder."""
+"""`--cache-dir` in the commands: refused early where it can do no good, and other kernels have another folder."""
 
 import contextlib
 import dataclasses
@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastgen import session
+from fastgen import bench, chat, generate, session, train
 from fastgen.cli import Phases
 from fastgen.compile_cache import SEAL, use_cache
 from fastgen.engine import Engine
+from fastgen.errors import UsageError
 from fastgen.options import GenerationOptions, SamplingOptions
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
@@ -23,6 +24,55 @@ from tests.models import random_model
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.setenv(variable, "elsewhere")
+
+
+BAD_FLAGS = {
+    "--cache-dir x": "--cache-dir: only with --compile",
+    "--compile --cache-dir=": "--cache-dir '': expected a folder",
+    "--compile --cache-dir=~nosuchuser/x": "--cache-dir ~nosuchuser/x: no path",
+    "--compile --cache-dir=a\tb": "without spaces",
+    "--compile --cache-dir=a'b": "without spaces, quotes",
+    "--compile --cache-dir=a\\b": "without spaces, quotes and backslashes",
+}
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing be loaded."""
+
+    def load(*arguments: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(session, "load", load)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+@pytest.mark.parametrize("command", [generate, chat])
+def test_a_folder_that_nothing_can_be_kept_in_is_refused_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, command: object
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        command.main(flags.split(" "))  # type: ignore[attr-defined]
+    assert BAD_FLAGS[flags] in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_proof_that_uses_no_folder_refuses_one() -> None:
+    with pytest.raises(UsageError, match="--cache-dir: not with --check-lossless"):
+        generate.main(["--compile", "--cache-dir", "x", "--draft", "ngram", "--check-lossless", "2"])
+
+
+@pytest.mark.parametrize("command", [bench, train])
+def test_commands_that_keep_nothing_do_not_take_the_flag(
+    command: object, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit):
+        command.main(["--cache-dir", "x"])  # type: ignore[attr-defined]
+    assert "unrecognized arguments: --cache-dir x" in capsys.readouterr().err
 
 
 def test_every_fact_makes_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
