@@ -43,3 +43,5 @@ def test_a_tally_tells_drafting_from_showing_and_verifying() -> None:
     assert tally.arms == {Arm(0, 3): 1, PLAIN: 1}
     assert (tally.accepted, tally.tried, tally.kept) == ({3: 1, 0: 1}, {1: 2, 2: 1, 3: 1}, {1: 1, 2: 1, 3: 1})
     assert tally.rounds == 2 and tally.acceptance == 3 / 4
+    figures = tally.figures(["model"])
+    assert (figures.draft_ms, figures.verify_ms) == (2000.0, 4000.0)

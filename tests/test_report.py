@@ -5,7 +5,9 @@ import pytest
 from fastgen import benchmark
 from fastgen.completion import Completion
 from fastgen.engine import Engine, Timings
-from fastgen.report import Spread, aligned, measure, spread
+from fastgen.report import Spread, aligned, compared, measure, spread
+from fastgen.speculation import Speculation
+from fastgen.speculative import SpeculativeEngine
 from fastgen.steps import Steps
 from tests.models import random_model
 
@@ -54,6 +56,20 @@ def test_a_round_takes_its_time_however_little_of_it_is_needed(monkeypatch: pyte
     assert found.decode_tokens_per_second == pytest.approx(11 / 3)
     assert found.gb_per_second == pytest.approx((found.weight_bytes + found.kv_bytes) * 16 / 3 / 1e9)
     assert found.ms_per_token == Spread(125.0, 125.0, 250.0)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_speed_up_is_plain_time_over_speculations(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row takes 0.1 s a token with drafts, and plain decoding 0.25 s."""
+    monkeypatch.setattr("fastgen.report.measure_read_bandwidth", lambda device: 1.0)
+    engine = SpeculativeEngine(random_model(), Speculation(count=3), batch=batch)
+    engine.timings = Timings(start=0.0, prefilled=0.5, tokens=[1.0, 1.1, 1.2, 1.3], ends=[1, 4])
+    found = measure(engine, [completion(6, 4)] * batch, load_seconds=0.0, compile_seconds=0.0)
+    plain = Timings(start=0.0, prefilled=0.5, tokens=[3.0, 3.25, 3.5, 3.75, 9.0], ends=[1, 2, 3, 4, 5])
+    for text, same in (((0, 1, 2, 3), True), ((0, 1, 2, 4), False)):
+        speculation = compared(found, plain, text, (0, 1, 2, 3)).speculation
+        assert speculation.plain_ms_per_token == pytest.approx(250.0) and speculation.same_text is same
+        assert speculation.speedup == pytest.approx(2.5)
 
 
 def test_a_spread_holds_the_median_and_the_tenth_parts_from_both_ends() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from fastgen import chat, generate
 from fastgen.errors import UsageError
-from fastgen.lossless import own_prompts, prove
-from fastgen.speculation import AUTO
+from fastgen.lossless import Difference, Proof, own_prompts, prove
+from fastgen.speculation import AUTO, require_same_vocabulary
 from tests.checkpoint_writers import LLAMA, make_model, write_hf
 from tests.models import random_model
 from tests.vocabularies import small_sentencepiece
@@ -65,6 +65,20 @@ def test_the_proof_runs_on_the_users_own_pair(capsys: pytest.CaptureFixture) -> 
     assert out == "drafts 3: 3 texts, 192 tokens, 0 texts differ\nlossless\n"
 
 
+@pytest.mark.parametrize(("noise", "status"), [(0.01, 1), (0.5, 0)], ids=["not explained", "explained"])
+def test_the_status_says_whether_the_proof_failed(
+    noise: float, status: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Difference(text=1, place=7, gap=0.5, noise=noise)
+    proof = Proof(count=3, rows=2, texts=2, tokens=80, acceptance=0.5, launches={}, differences=(found,))
+    monkeypatch.setattr("fastgen.lossless.prove", lambda *given, **options: iter([proof]))
+    check = [*STORY, "--draft", "ngram", "--speculate", "3", "--check-lossless", "2"]
+    assert generate.main(check) == status
+    out = capsys.readouterr().out
+    assert "1 texts differ\n  text 1 from token 7: " in out
+    assert ("NOT EXPLAINED" in out, out.endswith("\nlossless\n")) == (status == 1, status == 0)
+
+
 def test_the_proof_finds_what_is_not_lossless(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastgen import rounds
     from fastgen.acceptance import accept_equal
@@ -100,6 +114,18 @@ REFUSED = {
 def test_flags_that_contradict_or_do_nothing_are_refused(flags: str) -> None:
     with pytest.raises(UsageError, match=REFUSED[flags]):
         generate.main([*STORY, *flags.split()])
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(258, 260), (260, 258)])
+def test_a_vocabulary_that_only_begins_like_the_other_is_another(ours: int, theirs: int) -> None:
+    target, draft = random_model(vocab_size=260), random_model(1, vocab_size=260)
+    for model, size in ((target, ours), (draft, theirs)):
+        model.tokenizer.vocab_size = size
+        model.tokenizer.special = model.tokenizer.special | {"<a>": 258, "<b>": 259}
+    both = [repr("<a>"), "nothing"]
+    there, here = both if theirs > ours else both[::-1]
+    with pytest.raises(UsageError, match=f"token 258 is {there} there, {here} in the model"):
+        require_same_vocabulary(target, draft)
 
 
 def test_a_chat_speculates(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
