@@ -11,8 +11,9 @@ import torch.distributed as dist
 from fastgen.errors import UsageError
 from tests.rank_threads import on_ranks
 from tests.torchrun import ENVIRONMENT, PORT
-from tp.dist import Ranks, choose_device
+from tp.dist import Ranks, choose_device, join
 from tp.place import Place
+from tp.watch import Watch
 
 
 @pytest.fixture
@@ -55,6 +56,32 @@ def test_a_rank_whose_others_never_come_says_so(rank: int) -> None:
         command, env=ENVIRONMENT | places | master, capture_output=True, text=True, check=False, timeout=100
     )
     assert f"RankLostError: rank {rank} of 2: the others did not join within 2 s: " in done.stderr
+
+
+ENVIRONMENTS = {
+    "no RANK and no MASTER_ADDR and no MASTER_PORT\nStart with torchrun, or unset WORLD_SIZE": {},
+    "WORLD_SIZE=2, but no MASTER_ADDR\n": {"RANK": "0", "MASTER_PORT": PORT},
+    "MASTER_PORT=abc: expected what torchrun sets, a port from 1 to 65535": {"MASTER_PORT": "abc"},
+    "MASTER_PORT=0: ": {"MASTER_PORT": "0"},
+    "MASTER_PORT=65536: ": {"MASTER_PORT": "65536"},
+}
+
+
+@pytest.mark.parametrize("message", ENVIRONMENTS)
+def test_an_environment_that_torchrun_does_not_make_is_refused(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ENVIRONMENTS[message]
+    if set(given) == {"MASTER_PORT"}:
+        given = given | {"RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    watch = Watch()
+    watch.place = Place(rank=0, world=2, local=0)
+    monkeypatch.setattr("tp.dist.process_watch", lambda: watch)
+    with pytest.raises(UsageError, match=message):
+        join.__wrapped__("cpu", 2.0)
 
 
 def test_what_is_true_of_one_rank_is_true_of_any(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,7 +321,7 @@ def test_ctrl_c_in_the_last_sample_leaves_a_finished_model(
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR expected, but not set\nStart with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "no MASTER_ADDR and no MASTER_PORT\nStart with torchrun"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2, WORLD_SIZE=2, LOCAL_RANK=0: expected what torchrun sets"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, .*expected what torchrun sets, numbers"),
     ],

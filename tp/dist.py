@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgen.errors import RankLostError, UsageError
-from tp.place import Place
+from tp.place import Place, check_meeting_place
 from tp.watch import process_watch
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def join(device: str | None = None, timeout: float = 60.0) -> tuple[Ranks, str |
     """Return this process's ranks and the device that it computes on, after joining those that torchrun started.
 
     Raises:
-        UsageError: more processes than this machine has GPUs, or a device that is a single one's.
+        UsageError: more processes than this machine has GPUs, a device that is a single one's, or an environment that
+            is not torchrun's.
         RankLostError: the others did not come within `timeout` seconds.
     """
     watch = process_watch()
@@ -164,6 +165,7 @@ def join(device: str | None = None, timeout: float = 60.0) -> tuple[Ranks, str |
         watch.begin(silence=False)  # a command has done so already
     if watch.place.world == 1:
         return SINGLE, device
+    check_meeting_place()
     device = choose_device(device, watch.place)
     host, interface = _address()
     if interface:
@@ -215,7 +217,7 @@ def _exchange(store: dist.Store, place: Place, value: str) -> Sequence[str]:
 
 def _address() -> tuple[str, str | None]:
     """Return this machine's address on the way to rank 0's, and the name of the network interface that has it."""
-    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    master = os.environ["MASTER_ADDR"]
     try:
         family, _, _, _, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

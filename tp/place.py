@@ -28,3 +28,16 @@ def place_from_environment() -> Place:
         found = ", ".join(f"{name}={value}" for (name, _), value in zip(names, values, strict=True))
         raise UsageError(f"the environment has {found}: expected what torchrun sets, numbers with RANK < WORLD_SIZE")
     return Place(*map(int, values))
+
+
+def check_meeting_place() -> None:
+    """Raise `UsageError` unless the environment says where several processes meet, as torchrun's does."""
+    world, port = os.environ.get("WORLD_SIZE"), os.environ.get("MASTER_PORT", "")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UsageError(
+            f"the environment has WORLD_SIZE={world}, but no {' and no '.join(missing)}\n"
+            "Start with torchrun, or unset WORLD_SIZE for one process"
+        )
+    if not port.isdecimal() or not 1 <= int(port) < 1 << 16:
+        raise UsageError(f"the environment has MASTER_PORT={port}: expected what torchrun sets, a port from 1 to 65535")

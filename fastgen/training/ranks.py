@@ -3,7 +3,6 @@
 Where many fail, one of them says why: the first.
 """
 
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -13,9 +12,9 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgen.errors import FastgenError, NetworkError, RankLostError, UsageError
+from fastgen.errors import FastgenError, NetworkError, RankLostError
 from tp.dist import choose_device
-from tp.place import Place, place_from_environment
+from tp.place import Place, check_meeting_place, place_from_environment
 
 FAILURES = "fastgen/failures"  # the store's count of processes that have failed
 LINGER = 1.0  # seconds; torchrun ends all processes once it sees the first one gone
@@ -79,10 +78,9 @@ def joined_ranks(device: str | None) -> Iterator[tuple[Ranks, str | None]]:
 
 def _meet() -> dist.Store:
     """Return the store that all processes share."""
+    check_meeting_place()
     try:
         store, _, _ = next(iter(dist.rendezvous("env://")))
-    except ValueError as error:
-        raise UsageError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {error}\nStart with torchrun") from error
     except dist.DistError as error:
         raise NetworkError(f"the processes of the run do not find each other: {error!s:.200}") from error
     return store
