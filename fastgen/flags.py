@@ -11,7 +11,7 @@ from typing import Any
 
 from fastgen.compile_cache import cache_root
 from fastgen.errors import UsageError
-from fastgen.options import GenerationOptions, SamplingOptions
+from fastgen.options import GenerationOptions, SamplingOptions, check_speculation
 
 QUANTS = ("int8", "int4", "q8_0")
 """What weights can be quantized to."""
@@ -240,17 +240,24 @@ def generation_options(config: SamplingFlags, *, ignore_eos: bool = False) -> Ge
 
 
 def drafts(config: SpeculationFlags) -> int | str | None:
-    """Return how many tokens to draft, or "auto"; None where nobody drafts. Raises `UsageError` for other words."""
+    """Return how many tokens to draft, or "auto"; None where nobody drafts.
+
+    Raises `UsageError` for what is wrong with any model, before one is loaded.
+    """
     if config.draft in (None, "none"):
         refuse(config, ["speculate", "accept"], "only with a --draft")
         return None
     if config.speculate != "auto" and not config.speculate.isdecimal():
         raise UsageError(f"--speculate {config.speculate}: expected a number of tokens, or auto")
-    return config.speculate if config.speculate == "auto" else int(config.speculate)
+    count = config.speculate if config.speculate == "auto" else int(config.speculate)
+    check_speculation(config.draft, count, config.accept)
+    return count
 
 
 def refuse(config: object, names: Sequence[str], reason: str) -> None:
     """Raise `UsageError` if one of these flags was given another value than its default: it would have no effect."""
     for entry in dataclasses.fields(config):  # type: ignore[arg-type]
-        if entry.name in names and getattr(config, entry.name) != entry.default:
-            raise UsageError(f"--{entry.name.replace('_', '-')}: {reason}")
+        value = getattr(config, entry.name)
+        if entry.name in names and value != entry.default:
+            name = entry.metadata["negation"] if value is False else entry.name
+            raise UsageError(f"--{name.replace('_', '-')}: {reason}")

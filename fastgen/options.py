@@ -54,6 +54,31 @@ class SamplingOptions:
         )
 
 
+MOST_DRAFTS = 15
+"""Tokens that can be drafted a round: `fastgen.drafters` says why."""
+
+
+def check_speculation(draft: str | None, count: int | str, accept: str) -> None:
+    """Raise `UsageError`, which names the flag, for what no model could be speculated about with.
+
+    `draft` is a name, None for a model that is loaded; `count` is a number of tokens a round, or "auto".
+    """
+    if draft == "":
+        raise UsageError('--draft "": expected a model, embedded, ngram, self:N or none')
+    layers = draft.removeprefix("self:") if draft and draft.startswith("self:") else "1"
+    if not layers.isdecimal() or int(layers) < 1:
+        raise UsageError(f"--draft {draft}: expected self:N, for the model's own first N layers")
+    if count != "auto" and not (isinstance(count, int) and 1 <= count <= MOST_DRAFTS):
+        raise UsageError(f"--speculate {count}: expected 1 to {MOST_DRAFTS} tokens a round, or auto")
+    if accept not in ("coupled", "leviathan"):
+        raise UsageError(f"--accept {accept}: expected coupled or leviathan")
+    if accept == "leviathan" and count == "auto":
+        raise UsageError(
+            "--accept leviathan: needs a fixed --speculate K, for its text hangs on the number of drafts,\n"
+            "and auto chooses that by the clock; coupled gives the same text at any number"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """What to generate.

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastgen.drafters import MOST_DRAFTS, Drafter, ModelDrafter, NgramDrafter, self_drafter
+from fastgen.drafters import Drafter, ModelDrafter, NgramDrafter, self_drafter
 from fastgen.errors import UsageError
 from fastgen.load import LoadedModel
 from fastgen.model import Transformer
+from fastgen.options import check_speculation
 from fastgen.pace import Arm
 
 AUTO = "auto"
@@ -32,15 +33,7 @@ class Speculation:
     accept: str = "coupled"
 
     def __post_init__(self) -> None:
-        if self.count != AUTO and not (isinstance(self.count, int) and 1 <= self.count <= MOST_DRAFTS):
-            raise UsageError(f"--speculate {self.count}: expected 1 to {MOST_DRAFTS} tokens a round, or auto")
-        if self.accept not in ("coupled", "leviathan"):
-            raise UsageError(f"--accept {self.accept}: expected coupled or leviathan")
-        if self.accept == "leviathan" and self.count == AUTO:
-            raise UsageError(
-                "--accept leviathan: needs a fixed --speculate K, for its text hangs on the number of drafts,\n"
-                "and auto chooses that by the clock; coupled gives the same text at any number"
-            )
+        check_speculation(self.draft if isinstance(self.draft, str) else None, self.count, self.accept)
 
 
 def check(model: LoadedModel, speculation: Speculation) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgen import chat, generate
+from fastgen import chat, drafters, generate, options
 from fastgen.errors import UsageError
 from fastgen.lossless import Difference, Proof, own_prompts, prove
 from fastgen.speculation import AUTO, require_same_vocabulary
@@ -103,6 +103,9 @@ REFUSED = {
     "--draft ngram --speculate often": "--speculate often: expected a number of tokens, or auto",
     "--draft ngram --speculate 99": "--speculate 99: expected 1 to 15 tokens a round",
     "--draft ngram --accept leviathan": "--accept leviathan: needs a fixed --speculate K",
+    "--draft self:x": "--draft self:x: expected self:N",
+    "--draft self:0": "--draft self:0: expected self:N",
+    "--draft=": '--draft "": expected a model, embedded, ngram, self:N or none',
     "--draft self:99": "--draft self:99: expected a model, ngram, none, or self:N with N from 1 to 7",
     "--draft ngram --compare-plain --num-samples 2": "--compare-plain: compares one text",
     "--draft ngram --show-accepted --json": "--show-accepted: colours one text as it comes",
@@ -110,10 +113,23 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("flags", REFUSED)
-def test_flags_that_contradict_or_do_nothing_are_refused(flags: str) -> None:
-    with pytest.raises(UsageError, match=REFUSED[flags]):
-        generate.main([*STORY, *flags.split()])
+@pytest.mark.parametrize("given", REFUSED)
+def test_flags_that_contradict_or_do_nothing_are_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if given != "--draft self:99":  # how many layers there are, the model says
+        monkeypatch.setattr("fastgen.session.load", None)
+    with pytest.raises(UsageError, match=REFUSED[given]):
+        generate.main([*STORY, *given.split()])
+
+
+@pytest.mark.parametrize("given", ["--draft=", "--draft self:x", "--draft ngram --speculate 99"])
+def test_a_chat_refuses_them_before_a_model_is_loaded(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgen.session.load", None)
+    with pytest.raises(UsageError, match=REFUSED[given]):
+        chat.main([*HERE, *given.split()])
+
+
+def test_as_many_drafts_may_be_asked_for_as_rounds_have_room_for() -> None:
+    assert options.MOST_DRAFTS == drafters.MOST_DRAFTS
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(258, 260), (260, 258)])
