@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastgen.conversation import Conversation
 
     phases = cli.Phases()
+    session.check_draft(config, phases)
     engine = _engine(config, session.load(config, phases), phases)
     session.warm_up(engine, options, phases, cache_dir=config.cache_dir)
 

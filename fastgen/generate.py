@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastgen import session
 
     phases = cli.Phases()
+    session.check_draft(config, phases)
     model = session.load(config, phases)
     prompt = model.ranks.share(prompt)
     tokens = encode_prompt(model, config, prompt)
@@ -144,7 +145,7 @@ def _plain(
     from fastgen.engine import Engine
 
     engine = Engine(model, max_seq_len=_room(model, config, tokens), compile=config.compile)
-    session.warm_up(engine, options, phases)
+    session.warm_up(engine, options, phases, cache_dir=config.cache_dir)
     with phases.phase("plain"):
         (completion,) = engine.generate([tokens], options)
     return engine.timings, completion.tokens
@@ -155,7 +156,7 @@ def _check_lossless(model: "LoadedModel", config: GenerateConfig, phases: cli.Ph
     from fastgen import session
     from fastgen.lossless import own_prompts, prove
 
-    count, draft = flags.drafts(config), session.draft_of(config, phases)
+    count, draft = flags.drafts(config), session.draft_of(config, model, phases)
     assert draft is not None and count is not None, "checked with the flags"
     prompts, unexplained = own_prompts(model, config.check_lossless), 0
     counts = (*range(1, 9), "auto") if count == "auto" else (count,)

@@ -23,7 +23,7 @@ from fastgen.kernels import reference
 from fastgen.model import PartialStages, Stages, Transformer
 from fastgen.tokenizer.base import Tokenizer
 from fastgen.tokenizer.byte_tokens import ByteTokenizer
-from fastgen.tokenizer.open import check_vocabulary, open_tokenizer
+from fastgen.tokenizer.open import MissingTokenizerError, check_vocabulary, open_tokenizer
 from quantize.format import WeightFormat
 from quantize.format import int4 as int4_format
 from quantize.linear import make_linear, quantize_weight, scale_dtype
@@ -81,6 +81,7 @@ def load_model(
     revision: str | None = None,
     offline: bool = False,
     tokenizer: str | Path | None = None,
+    spare_tokenizer: Tokenizer | None = None,
     device: str | None = None,
     dtype: str | None = None,
     quant: str | None = None,
@@ -96,6 +97,7 @@ def load_model(
     Args:
         revision, offline: see `fastgen.hub.locate`.
         tokenizer: a tokenizer's file or folder, or the hub id of a model that has it; by default the checkpoint's own.
+        spare_tokenizer: the target's, for a draft that has none of its own.
         device, dtype: see `fastgen.device.choose_placement`.
         quant, group_size, symmetric, keep: quantize the weights of a plain checkpoint, see `quantize.scheme.Scheme`;
             one that is quantized needs no `quant`, and refuses another than its own.
@@ -108,7 +110,11 @@ def load_model(
     placement = choose_placement(device, dtype)
     checkpoint = open_checkpoint(resolve(source, revision=revision, offline=offline))
     formats = choose_formats(checkpoint, scheme)
-    words = open_tokenizer(resolve_tokenizer(tokenizer, offline)) if tokenizer else checkpoint.open_tokenizer()
+    words = (
+        open_tokenizer(resolve_tokenizer(tokenizer, offline))
+        if tokenizer
+        else _own_tokenizer(checkpoint, spare_tokenizer)
+    )
     check_vocabulary(words, checkpoint.config.vocab_size, Path(tokenizer) if tokenizer else checkpoint.path)
     plan = _plan(checkpoint.config, formats, ranks)
     transformer = build(
@@ -127,6 +133,22 @@ def load_model(
         transformer=transformer, tokenizer=words, checkpoint=checkpoint, placement=placement, formats=formats,
         plan=plan, ranks=ranks,
     )  # fmt: skip
+
+
+def _own_tokenizer(checkpoint: Checkpoint, spare: Tokenizer | None) -> Tokenizer:
+    """Return a checkpoint's tokenizer, or the target's if it has none; raises `UsageError` where that is too large."""
+    try:
+        return checkpoint.open_tokenizer()
+    except MissingTokenizerError as error:
+        rows = checkpoint.config.vocab_size
+        if spare and spare.vocab_size > rows:
+            raise UsageError(
+                f"--draft {checkpoint.path}: it has no tokenizer, and {rows} rows in its embedding for the model's "
+                f"{spare.vocab_size} tokens\nA draft must have been made for the model that it drafts for"
+            ) from error
+        if spare:
+            return spare
+        raise
 
 
 def check_kernels(name: str, placement: Placement) -> bool:

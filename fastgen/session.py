@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from fastgen import cli, flags, report
+from fastgen.checkpoint.detect import open_checkpoint
 from fastgen.compile_cache import seal, use_cache
 from fastgen.device import choose_placement, describe
 from fastgen.engine import Engine
@@ -16,14 +17,16 @@ from fastgen.load import LoadedModel, check_kernels, load_model, locate, resolve
 from fastgen.options import GenerationOptions
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
-from tp.dist import SINGLE, Ranks, join
+from tp.dist import BACKEND_TIMEOUT, SINGLE, Ranks, join
+from tp.plan import obstacle
 
 
 def find(config: flags.SourceFlags, phases: cli.Phases, name: str | None = None) -> Path:
     """Return the path of the model that the flags name (or `name`), downloaded with progress if it has to be."""
-    revision = config.revision if name in (None, config.model) else None
+    name = config.model if name is None else name
+    revision = config.revision if name == config.model else None
     ranks = join_ranks(config)[0] if isinstance(config, flags.RankFlags) else SINGLE
-    place = locate(name or config.model, revision=revision, offline=config.offline)
+    place = locate(name, revision=revision, offline=config.offline)
     if not ranks.any(not isinstance(place, Path)):
         assert isinstance(place, Path), "no rank has to download"
         return place
@@ -34,7 +37,7 @@ def find(config: flags.SourceFlags, phases: cli.Phases, name: str | None = None)
     if isinstance(place, Path):
         return place
     # The others of this machine find it in the cache: of the commit that was fetched, should the branch have moved.
-    return resolve(name or config.model, revision=revision, offline=config.offline)
+    return resolve(name, revision=revision, offline=config.offline)
 
 
 def load(config: flags.ModelFlags, phases: cli.Phases, name: str | None = None) -> LoadedModel:
@@ -64,8 +67,9 @@ def load(config: flags.ModelFlags, phases: cli.Phases, name: str | None = None) 
 
 def join_ranks(config: flags.RankFlags) -> tuple[Ranks, str | None]:
     """Join the processes that torchrun started, if it did; returns them, and the device that this one computes on."""
-    if config.timeout < 1:
-        raise UsageError(f"--timeout {config.timeout}: expected at least 1 second")
+    longest = BACKEND_TIMEOUT.total_seconds()
+    if not 1 <= config.timeout <= longest:
+        raise UsageError(f"--timeout {config.timeout:g}: expected 1 to {longest:.0f} seconds")
     ranks, device = join(config.device, config.timeout)
     if ranks.world == 1:
         flags.refuse(config, ["timeout", "check_ranks"], "only under torchrun, with several processes")
@@ -76,32 +80,69 @@ def make_engine(
     config: flags.EngineFlags, model: LoadedModel, phases: cli.Phases, *, batch: int = 1, max_seq_len: int | None = None
 ) -> Engine:
     """Return the engine that the flags ask for: with a draft, which is loaded here, one that speculates."""
-    draft, count = draft_of(config, phases), flags.drafts(config)
+    draft, count = draft_of(config, model, phases), flags.drafts(config)
     if draft is None or count is None:
         return Engine(model, batch=batch, max_seq_len=max_seq_len, compile=config.compile)
     speculation = Speculation(draft=draft, count=count, accept=config.accept)
     return SpeculativeEngine(model, speculation, batch=batch, max_seq_len=max_seq_len, compile=config.compile)
 
 
-def draft_of(config: flags.EngineFlags, phases: cli.Phases) -> LoadedModel | str | None:
-    """Return the draft that the flags name, loaded if it is a model, or None."""
-    if flags.drafts(config) is None:
-        return None
-    name = str(config.draft)
-    return name if name == "ngram" or name.startswith("self:") else load_draft(config, phases)
+def check_draft(config: flags.EngineFlags, phases: cli.Phases) -> None:
+    """Find the model that --draft names, if it does, and raise what it is refused for by its headers alone.
+
+    Comes before the target is loaded, which may take minutes.
+    """
+    name = _drafting_model(config)
+    if name is None:
+        return
+    draft, world = open_checkpoint(find(config, phases, name)), join_ranks(config)[0].world
+    problem = obstacle(draft.config, draft.formats, world)
+    if problem:
+        most = max(size for size in range(1, world) if not obstacle(draft.config, draft.formats, size))
+        raise UsageError(
+            f"--draft {name}: it cannot be split over the {world} processes that torchrun started: {problem}\n"
+            f"Start {most} or fewer, or choose another draft"
+        )
 
 
-def load_draft(config: flags.EngineFlags, phases: cli.Phases) -> LoadedModel:
-    """Load the model that --draft names, to where the target is and in its precision, with the format of its own."""
-    name = "stories-draft" if config.draft == "embedded" else str(config.draft)
+def draft_of(config: flags.EngineFlags, model: LoadedModel, phases: cli.Phases) -> LoadedModel | str | None:
+    """Return who drafts for `model` by the flags, loaded if it is a model, or None."""
+    name = _drafting_model(config)
+    if name is not None:
+        return load_draft(name, config, model, phases)
+    return None if flags.drafts(config) is None else config.draft
+
+
+def load_draft(name: str, config: flags.EngineFlags, target: LoadedModel, phases: cli.Phases) -> LoadedModel:
+    """Load a draft to where the target is and in its precision, with the format of its own.
+
+    If it has no tokenizer, it takes the target's.
+    """
     path = find(config, phases, name)
     with phases.phase("draft", name) as advance:
         ranks, device = join_ranks(config)
         draft = load_model(
-            path, offline=config.offline, device=device, dtype=config.dtype, progress=advance, ranks=ranks
+            path,
+            offline=config.offline,
+            spare_tokenizer=target.tokenizer,
+            device=device,
+            dtype=config.dtype,
+            progress=advance,
+            ranks=ranks,
         )
+    if draft.tokenizer is target.tokenizer:
+        phases.note([f"--draft {name} has no tokenizer of its own and takes the model's"])
     use_kernels(draft, config.kernels, compile=config.compile)
     return draft
+
+
+def _drafting_model(config: flags.EngineFlags) -> str | None:
+    """Return the model that --draft names, None where nobody drafts, or no model does."""
+    if flags.drafts(config) is None or config.draft is None or config.draft == "ngram":
+        return None
+    if config.draft.startswith("self:"):
+        return None
+    return "stories-draft" if config.draft == "embedded" else config.draft
 
 
 def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases, *, cache_dir: str | None = None) -> None:
