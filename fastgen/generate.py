@@ -27,6 +27,13 @@ PROG = "fastgen.generate"
 ACCEPTED = "\x1b[32m{}\x1b[39m"
 """What --show-accepted puts around a token that was drafted: ECMA-48's green, and back to the default colour."""
 
+UNPROVEN = (
+    "prompt", "prompt_file", "chat", "system", "num_samples", "echo", "stream", "stop", "ignore_eos", "max_seq_len",
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "accept", "compare_plain", "show_accepted",
+    "profile", "cache_dir", "fail_on_recompile",
+)  # fmt: skip
+"""Flags without an effect on --check-lossless."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig(flags.EngineFlags, flags.SamplingFlags, flags.ChatFlags, flags.OutputFlags):
@@ -67,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     phases = cli.Phases()
     session.check_draft(config, phases)
     model = session.load(config, phases)
-    prompt = model.ranks.share(prompt)
-    tokens = encode_prompt(model, config, prompt)
     if config.check_lossless:
         return _check_lossless(model, config, phases)
+    prompt = model.ranks.share(prompt)
+    tokens = encode_prompt(model, config, prompt)
     plain = _plain(model, config, options, tokens, phases) if config.compare_plain else None
     engine = session.make_engine(
         config, model, phases, batch=config.num_samples, max_seq_len=_room(model, config, tokens)
@@ -130,6 +137,8 @@ def check_speculation(config: GenerateConfig) -> None:
         flags.refuse(config, ["cache_dir"], "not with --check-lossless, which compiles one engine after another")
     if config.check_lossless < 0:
         raise UsageError(f"--check-lossless {config.check_lossless}: expected a number of texts")
+    if config.check_lossless:
+        flags.refuse(config, UNPROVEN, "not with --check-lossless, which writes greedy texts of its own")
 
 
 def _room(model: "LoadedModel", config: GenerateConfig, tokens: list[int]) -> int:
@@ -158,19 +167,27 @@ def _check_lossless(model: "LoadedModel", config: GenerateConfig, phases: cli.Ph
 
     count, draft = flags.drafts(config), session.draft_of(config, model, phases)
     assert draft is not None and count is not None, "checked with the flags"
-    prompts, unexplained = own_prompts(model, config.check_lossless), 0
+    prompts, proofs = own_prompts(model, config.check_lossless), []
     counts = (*range(1, 9), "auto") if count == "auto" else (count,)
-    for proof in prove(model, draft, prompts, counts=counts, compile=config.compile):
-        unexplained += sum(not difference.explained for difference in proof.differences)
-        sys.stdout.write(
+    lines = sys.stderr if config.json else sys.stdout
+    for proof in prove(model, draft, prompts, counts=counts, new_tokens=config.max_new_tokens, compile=config.compile):
+        proofs.append(proof)
+        lines.write(
             f"drafts {proof.count}: {proof.texts} texts, {proof.tokens} tokens, {len(proof.differences)} texts differ\n"
         )
         for found in proof.differences:
-            sys.stdout.write(
+            lines.write(
                 f"  text {found.text} from token {found.place}: the two best are {found.gap:.3g} apart, rounding "
                 f"{found.noise:.3g}{'' if found.explained else ': NOT EXPLAINED'}\n"
             )
-    sys.stdout.write("lossless\n" if not unexplained else f"{unexplained} differences that rounding does not explain\n")
+    unexplained = sum(not found.explained for proof in proofs for found in proof.differences)
+    lines.write("lossless\n" if not unexplained else f"{unexplained} differences that rounding does not explain\n")
+    if config.json:
+        document = session.document(PROG, config, model) | {
+            "lossless": not unexplained,
+            "proofs": [dataclasses.asdict(proof) for proof in proofs],
+        }
+        sys.stdout.write(json.dumps(document) + "\n")
     return 1 if unexplained else 0
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgen.engine import Engine
+from fastgen.errors import UsageError
 from fastgen.load import LoadedModel
 from fastgen.options import GenerationOptions, SamplingOptions
 from fastgen.rounds import WIDTHS
@@ -56,7 +57,15 @@ class Proof:
 
 
 def own_prompts(model: LoadedModel, texts: int) -> list[list[int]]:
-    """Return beginnings of texts, sampled from the model behind its beginning-of-text token."""
+    """Return beginnings of texts, sampled from the model behind its beginning-of-text token.
+
+    Raises `UsageError` where the model has no room for a token behind them.
+    """
+    room = model.config.max_seq_len
+    if room <= PROMPT_TOKENS:
+        raise UsageError(
+            f"--check-lossless: begins texts with {PROMPT_TOKENS} tokens, and the model has room for {room}"
+        )
     first = model.tokenizer.bos_id or 0
     rows = min(texts, MOST_ROWS)
     engine = Engine(model, batch=rows, max_seq_len=PROMPT_TOKENS + 1)
@@ -78,10 +87,11 @@ def prove(
 ) -> Iterator[Proof]:  # fmt: skip
     """Yield, for every number of drafts, how texts of `new_tokens` compare to plain decoding's; greedy by default.
 
-    `rows` texts are generated at a time, by either; steps are compiled with `compile`.
+    They are shorter where the model has no room for so many. `rows` texts are generated at a time, by either; steps
+    are compiled with `compile`.
     """
     options = GenerationOptions(max_new_tokens=new_tokens, ignore_eos=True, sampling=sampling or SamplingOptions())
-    capacity = max(map(len, prompts)) + new_tokens
+    capacity = min(max(map(len, prompts)) + new_tokens, model.config.max_seq_len)
     expected: dict[int, list[list[int]]] = {}
     for count in counts:
         batch = min(len(prompts), rows or (AUTO_ROWS if count == AUTO else MOST_ROWS))

@@ -1,5 +1,6 @@
 """Speculation as users meet it: flags that say what they do, figures, colours, the proof on their own pair."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgen import chat, drafters, generate, options
+from fastgen import chat, drafters, flags, generate, options
 from fastgen.errors import UsageError
 from fastgen.lossless import Difference, Proof, own_prompts, prove
 from fastgen.speculation import AUTO, require_same_vocabulary
@@ -62,7 +63,12 @@ def test_accepted_tokens_are_coloured(capsys: pytest.CaptureFixture) -> None:
 
 def test_the_proof_runs_on_the_users_own_pair(capsys: pytest.CaptureFixture) -> None:
     out = text(capsys, "--draft", "embedded", "--speculate", "3", "--check-lossless", "3")
-    assert out == "drafts 3: 3 texts, 192 tokens, 0 texts differ\nlossless\n"
+    assert out == "drafts 3: 3 texts, 120 tokens, 0 texts differ\nlossless\n"
+    found = text(capsys, "--draft", "ngram", "--speculate", "2", "--check-lossless", "2", "--json")
+    document = json.loads(found)
+    assert document["command"] == "fastgen.generate" and document["lossless"] is True
+    (proof,) = document["proofs"]
+    assert (proof["count"], proof["texts"], proof["tokens"], proof["differences"]) == (2, 2, 80, [])
 
 
 @pytest.mark.parametrize(("noise", "status"), [(0.01, 1), (0.5, 0)], ids=["not explained", "explained"])
@@ -77,6 +83,44 @@ def test_the_status_says_whether_the_proof_failed(
     out = capsys.readouterr().out
     assert "1 texts differ\n  text 1 from token 7: " in out
     assert ("NOT EXPLAINED" in out, out.endswith("\nlossless\n")) == (status == 1, status == 0)
+    assert generate.main([*check, "--json"]) == status
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["lossless"] is (status == 0)
+    assert json.loads(line)["proofs"][0]["differences"] == [{"text": 1, "place": 7, "gap": 0.5, "noise": noise}]
+
+
+def test_the_proofs_texts_are_as_long_as_the_model_has_room_for() -> None:
+    target = random_model(max_seq_len=20)
+    (proof,) = prove(target, "ngram", own_prompts(target, 2), counts=(3,))
+    assert (proof.texts, proof.tokens, proof.differences) == (2, 2 * (20 - 8), ())
+    with pytest.raises(UsageError, match="begins texts with 8 tokens, and the model has room for 8"):
+        own_prompts(random_model(max_seq_len=8), 1)
+
+
+GROUPS = (flags.SourceFlags, flags.QuantFlags, flags.RankFlags)
+HEEDED = {
+    *(field.name for group in GROUPS for field in dataclasses.fields(group)),
+    *("compile", "kernels", "kv_cache", "draft", "speculate", "check_lossless", "max_new_tokens", "json", "debug"),
+    "interactive",  # refused itself
+}
+"""Flags of `fastgen.generate` that mean something beside --check-lossless."""
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [field for field in dataclasses.fields(generate.GenerateConfig) if field.name not in HEEDED],
+    ids=lambda field: field.name,
+)
+def test_the_proof_refuses_flags_that_it_does_not_heed(entry: dataclasses.Field) -> None:
+    value: object = "leviathan"  # a choice of --accept, and as good as any word for the others
+    if isinstance(entry.default, bool):
+        value = not entry.default
+    elif isinstance(entry.default, int | float):
+        value = entry.default + 1
+    given = generate.GenerateConfig(draft="ngram", speculate="3", check_lossless=1, **{entry.name: value})
+    name = entry.metadata["negation"] or entry.name.replace("_", "-")
+    with pytest.raises(UsageError, match=f"^--{name}: not with --check-lossless, which writes .* of its own$"):
+        generate.check_speculation(given)
 
 
 def test_the_proof_finds_what_is_not_lossless(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +150,7 @@ REFUSED = {
     "--draft self:x": "--draft self:x: expected self:N",
     "--draft self:0": "--draft self:0: expected self:N",
     "--draft=": '--draft "": expected a model, embedded, ngram, self:N or none',
+    "--draft ngram --check-lossless 2 --no-stream": "--no-stream: not with --check-lossless",
     "--draft self:99": "--draft self:99: expected a model, ngram, none, or self:N with N from 1 to 7",
     "--draft ngram --compare-plain --num-samples 2": "--compare-plain: compares one text",
     "--draft ngram --show-accepted --json": "--show-accepted: colours one text as it comes",
@@ -151,8 +196,8 @@ def test_a_chat_speculates(tmp_path: Path, capsys: pytest.CaptureFixture, monkey
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     answers = []
-    for flags in ([], ["--draft", "ngram", "--speculate", "3"], ["--draft", str(path)]):
+    for given in ([], ["--draft", "ngram", "--speculate", "3"], ["--draft", str(path)]):
         monkeypatch.setattr(sys, "stdin", io.StringIO("Say yes.\nAgain.\n"))
-        assert chat.main([*HERE, "--model", str(path), "--max-new-tokens", "12", *flags]) == 0
+        assert chat.main([*HERE, "--model", str(path), "--max-new-tokens", "12", *given]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] == answers[2] and answers[0].count("\n") >= 2
