@@ -146,12 +146,15 @@ def _drafting_model(config: flags.EngineFlags) -> str | None:
 
 
 def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases, *, cache_dir: str | None = None) -> None:
-    """Compile what the engine needs, with progress and what to expect; does nothing without --compile.
+    """Compile what the engine needs, with progress and what to expect; without --compile only measure for `auto`.
 
     What is compiled is kept in `cache_dir`, or where Triton and PyTorch keep it. Raises `UsageError` where that
     cannot be written.
     """
     if not engine.compiled:
+        if isinstance(engine, SpeculativeEngine) and engine.pace is None:
+            with phases.phase("measure", "what drafts cost"):
+                engine.warm_up(options)
         return
 
     def note(line: str) -> None:
