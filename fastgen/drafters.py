@@ -20,15 +20,12 @@ from torch import Tensor
 
 from fastgen.model import Transformer
 from fastgen.noise import NoiseKey, gumbel
-from fastgen.options import SamplingOptions
+from fastgen.options import MOST_DRAFTS, SamplingOptions
 from fastgen.sampling import Knobs, adjust, best_token
 from fastgen.steps import Cases, Rows, Steps, covered_by_kernels
 
 DRAFT_STREAM = 2
 """The noise that drafts are drawn with where they must not share the target's (`accept_or_resample`)."""
-
-MOST_DRAFTS = 15
-"""Tokens that a round drafts at most: with the text's last one, as many as the target's kernels take at once."""
 
 LONGEST_MATCH = 8
 """Tokens at the end of a text that the n-gram drafter compares."""

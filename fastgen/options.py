@@ -55,7 +55,7 @@ class SamplingOptions:
 
 
 MOST_DRAFTS = 15
-"""Tokens that can be drafted a round: `fastgen.drafters` says why."""
+"""Tokens that a round drafts at most: with the text's last one, as many as the target's kernels take at once."""
 
 
 def check_speculation(draft: str | None, count: int | str, accept: str) -> None:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from fastgen.acceptance import Verdict, accept_equal, accept_or_resample
-from fastgen.drafters import MOST_DRAFTS, Drafter
+from fastgen.drafters import Drafter
 from fastgen.graphs import Graphs, bounds_below, burst_of, settle
 from fastgen.model import Transformer
 from fastgen.noise import NoiseKey, gumbel, uniform
-from fastgen.options import SamplingOptions
+from fastgen.options import MOST_DRAFTS, SamplingOptions
 from fastgen.sampling import Knobs, adjust, log_probabilities, sample
 from fastgen.steps import Cases, Choice, Result, Rows, choose_token, covered_by_kernels, decode_one_token, whole_lanes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgen import chat, drafters, flags, generate, options
+from fastgen import chat, flags, generate
 from fastgen.errors import UsageError
 from fastgen.lossless import Difference, Proof, own_prompts, prove
 from fastgen.speculation import AUTO, require_same_vocabulary
@@ -171,10 +171,6 @@ def test_a_chat_refuses_them_before_a_model_is_loaded(given: str, monkeypatch: p
     monkeypatch.setattr("fastgen.session.load", None)
     with pytest.raises(UsageError, match=REFUSED[given]):
         chat.main([*HERE, *given.split()])
-
-
-def test_as_many_drafts_may_be_asked_for_as_rounds_have_room_for() -> None:
-    assert options.MOST_DRAFTS == drafters.MOST_DRAFTS
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(258, 260), (260, 258)])

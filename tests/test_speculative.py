@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgen.drafters import MOST_DRAFTS
 from fastgen.engine import Engine
 from fastgen.errors import CapacityError, UsageError
 from fastgen.load import LoadedModel
-from fastgen.options import GenerationOptions, SamplingOptions
+from fastgen.options import MOST_DRAFTS, GenerationOptions, SamplingOptions
 from fastgen.pace import PLAIN, Arm, Spent
 from fastgen.sampling import adjust
 from fastgen.speculation import Speculation
