@@ -133,8 +133,6 @@ def check_speculation(config: GenerateConfig) -> None:
         raise UsageError("--compare-plain: compares one text; leave --num-samples out")
     if config.show_accepted and (config.num_samples > 1 or config.json or not config.stream):
         raise UsageError("--show-accepted: colours one text as it comes: without --num-samples, --json, --no-stream")
-    if config.check_lossless:
-        flags.refuse(config, ["cache_dir"], "not with --check-lossless, which compiles one engine after another")
     if config.check_lossless < 0:
         raise UsageError(f"--check-lossless {config.check_lossless}: expected a number of texts")
     if config.check_lossless:

@@ -135,8 +135,9 @@ def test_both_engines_of_a_comparison_keep_what_they_compile_where_the_user_says
 ) -> None:
     folders: list[str | None] = []
     monkeypatch.setattr(session, "warm_up", lambda *given, cache_dir=None: folders.append(cache_dir))
+    monkeypatch.setattr(torch, "compile", lambda step, **how: step)  # where it is kept is all that is asked
     flags = ["--device", "cpu", "--dtype", "fp32", "--draft", "self:1", "--speculate", "1", "--max-new-tokens", "2"]
-    assert generate.main([*flags, "--compare-plain", "--cache-dir", str(tmp_path)]) == 0
+    assert generate.main([*flags, "--compare-plain", "--compile", "--cache-dir", str(tmp_path)]) == 0
     assert folders == [str(tmp_path)] * 2
 
 

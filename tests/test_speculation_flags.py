@@ -117,7 +117,8 @@ def test_the_proof_refuses_flags_that_it_does_not_heed(entry: dataclasses.Field)
         value = not entry.default
     elif isinstance(entry.default, int | float):
         value = entry.default + 1
-    given = generate.GenerateConfig(draft="ngram", speculate="3", check_lossless=1, **{entry.name: value})
+    others = {"draft": "ngram", "speculate": "3", "check_lossless": 1, "compile": True}
+    given = generate.GenerateConfig(**others, **{entry.name: value})
     name = entry.metadata["negation"] or entry.name.replace("_", "-")
     with pytest.raises(UsageError, match=f"^--{name}: not with --check-lossless, which writes .* of its own$"):
         generate.check_speculation(given)
