@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fastgen import cli, flags
 from fastgen.errors import ModelFileError, UsageError
+from tp.watch import process_watch
 
 if TYPE_CHECKING:
     from fastgen.checkpoint.lazy import Checkpoint
@@ -32,6 +33,8 @@ class ConvertConfig(flags.SourceFlags, flags.PrecisionFlags, flags.FolderFlags, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     config = cli.parse(ConvertConfig, argv, prog=PROG, description="Write a model in another form, or check a folder.")
+    if not process_watch().place.leads:
+        return 0  # one process writes the folder, or looks at it, however many torchrun started
     if config.verify is not None:
         flags.refuse(config, ["to", "out"], "not with --verify")
         return _verify(config, config.verify)

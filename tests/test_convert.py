@@ -26,6 +26,8 @@ from tests import test_checkpoint_memory as memory
 from tests.checkpoint_writers import LLAMA, QWEN2, QWEN3, TIED, make_model, write_gguf, write_hf, write_meta
 from tests.quantized_writers import quantized_model, write_awq, write_compressed, write_gptq
 from tests.vocabularies import sentencepiece_as_gguf, small_byte_level, small_sentencepiece
+from tp.place import Place
+from tp.watch import process_watch
 
 
 def with_tokenizer(folder: Path) -> Path:
@@ -213,3 +215,12 @@ def test_a_folder_of_quantize_run_is_written_as_it_is(tmp_path: Path) -> None:
     assert before.formats == after.formats
     for name, tensor in before.tensors.items():
         assert torch.equal(after.tensors[name][:], tensor[:]), name
+
+
+def test_of_several_processes_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_watch(), "place", Place(rank=1, world=2))
+    assert main(["--model", "stories-draft", "--to", "hf", "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(process_watch(), "place", Place(rank=0, world=2))
+    assert main(["--model", "stories-draft", "--to", "hf", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out").exists()
