@@ -214,6 +214,16 @@ with watch.interruptible():
         assert steps == same and int(steps) > 0
 
 
+def test_an_interrupt_that_comes_when_an_answer_has_ended_ends_nothing() -> None:
+    watch = Watch()
+    with watch.interruptible():
+        watch.at("decode")
+        watch._on_signals(bytes([signal.SIGINT]))
+        assert watch._deadline, "for an answer that goes on"
+        watch.at(INPUT)
+        assert not watch._deadline and not watch._interrupted
+
+
 def test_an_interrupt_ends_all_where_nothing_is_to_be_kept(tmp_path: Path) -> None:
     begun = f"(folder / f'begun{{rank}}').touch(); {WAITING}"
     with crew(tmp_path, begun, begun) as ranks:

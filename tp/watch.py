@@ -161,6 +161,8 @@ class Watch:
         changed = phase != self._phase
         self._progress += changed or phase in BUSY
         self._phase, self._came_on = phase, True
+        if phase == INPUT and self._interrupted:  # too late for the answer, which has ended
+            self._interrupted, self._deadline = False, None
         if changed and self.connected:
             self._send({"at": [self._progress, self._phase, 0.0]})
 
