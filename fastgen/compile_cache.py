@@ -118,7 +118,8 @@ def _choose(root: Path, key: str, note: Callable[[str], None]) -> Cache:
         if chosen and (folder / SEAL).exists():
             continue
         lock, alone = _lock(folder)
-        sealed, found = _sealed(folder), _digests(folder)
+        sealed = _sealed(folder)
+        found = {} if sealed is None else _digests(folder)
         if sealed is not None and sealed.items() <= found.items():
             for stranger in found.keys() - sealed.keys() if alone else ():  # added since, and never checked
                 (folder / stranger).unlink()

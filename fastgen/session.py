@@ -18,7 +18,7 @@ from fastgen.options import GenerationOptions
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
 from tp.dist import BACKEND_TIMEOUT, SINGLE, Ranks, join
-from tp.plan import obstacle
+from tp.plan import check_split
 
 
 def find(config: flags.SourceFlags, phases: cli.Phases, name: str | None = None) -> Path:
@@ -95,14 +95,11 @@ def check_draft(config: flags.EngineFlags, phases: cli.Phases) -> None:
     name = _drafting_model(config)
     if name is None:
         return
-    draft, world = open_checkpoint(find(config, phases, name)), join_ranks(config)[0].world
-    problem = obstacle(draft.config, draft.formats, world)
-    if problem:
-        most = max(size for size in range(1, world) if not obstacle(draft.config, draft.formats, size))
-        raise UsageError(
-            f"--draft {name}: it cannot be split over the {world} processes that torchrun started: {problem}\n"
-            f"Start {most} or fewer, or choose another draft"
-        )
+    draft, ranks = open_checkpoint(find(config, phases, name)), join_ranks(config)[0]
+    try:
+        check_split(draft.config, draft.formats, ranks.world)
+    except UsageError as error:
+        raise UsageError(f"--draft {name}: {error}, or choose another draft") from None
 
 
 def draft_of(config: flags.EngineFlags, model: LoadedModel, phases: cli.Phases) -> LoadedModel | str | None:
@@ -138,11 +135,10 @@ def load_draft(name: str, config: flags.EngineFlags, target: LoadedModel, phases
 
 def _drafting_model(config: flags.EngineFlags) -> str | None:
     """Return the model that --draft names, None where nobody drafts, or no model does."""
-    if flags.drafts(config) is None or config.draft is None or config.draft == "ngram":
+    name = None if flags.drafts(config) is None else config.draft
+    if name is None or name == "ngram" or name.startswith("self:"):
         return None
-    if config.draft.startswith("self:"):
-        return None
-    return "stories-draft" if config.draft == "embedded" else config.draft
+    return "stories-draft" if name == "embedded" else name
 
 
 def warm_up(engine: Engine, options: GenerationOptions, phases: cli.Phases, *, cache_dir: str | None = None) -> None:

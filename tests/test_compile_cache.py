@@ -28,9 +28,9 @@ sys.stdin.readline()
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-        monkeypatch.setenv(variable, "elsewhere")
+        monkeypatch.setenv(variable, str(tmp_path.with_name("elsewhere")))
 
 
 @pytest.fixture

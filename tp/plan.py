@@ -133,15 +133,9 @@ class Plan:
 def make_plan(config: ModelConfig, formats: Mapping[str, WeightFormat], world: int, rank: int) -> Plan:
     """Return what rank `rank` of `world` holds of a model whose linears have these formats.
 
-    Raises `UsageError` for more ranks than the model can be split over, with the most that it can.
+    Raises `UsageError` as `check_split`.
     """
-    problem = obstacle(config, formats, world)
-    if problem:
-        most = max(size for size in range(1, world) if not obstacle(config, formats, size))
-        raise UsageError(
-            f"torchrun started {world} processes, and the model cannot be split over so many: {problem}\n"
-            f"Start {most} or fewer"
-        )
+    check_split(config, formats, world)
     heads, kv_heads = split_heads(config, world)[rank]
     vocabularies = deal(config.vocab_size, world, block_of(config.vocab_size, world))
     return Plan(
@@ -153,6 +147,17 @@ def make_plan(config: ModelConfig, formats: Mapping[str, WeightFormat], world: i
         hidden=deal(config.hidden_dim, world, _hidden_block(config, formats, world))[rank],
         vocabularies=tuple(vocabularies),
     )
+
+
+def check_split(config: ModelConfig, formats: Mapping[str, WeightFormat], world: int) -> None:
+    """Raise `UsageError` for more ranks than a model can be split over, with the most that it can."""
+    problem = obstacle(config, formats, world)
+    if problem:
+        most = max(size for size in range(1, world) if not obstacle(config, formats, size))
+        raise UsageError(
+            f"torchrun started {world} processes, and the model cannot be split over so many: {problem}\n"
+            f"Start {most} or fewer"
+        )
 
 
 def obstacle(config: ModelConfig, formats: Mapping[str, WeightFormat], world: int) -> str | None:
