@@ -83,8 +83,8 @@ class GraphDecoder:
     with `token` and `logprob` (or None), [B] each; `rows` is a named tuple of tensors with `token` and `positions`.
     """
 
-    def __init__(self, step: Callable[..., Any], reach: int, weight_bytes: int, bounds: list[int]) -> None:
-        self.burst = burst_of(weight_bytes)
+    def __init__(self, step: Callable[..., Any], reach: int, burst: int, bounds: list[int]) -> None:
+        self.burst = burst
         self.bounds = bounds
         self._step = step
         self._reach = reach

@@ -165,13 +165,13 @@ def check_kernels(name: str, placement: Placement) -> bool:
 
 def use_kernels(model: LoadedModel, name: str, *, compile: bool) -> None:
     """Run the model's stages as "reference" (PyTorch), "fused" (Triton, on CUDA), or "auto": fused in a run that
-    compiles, with one rank, where the kernels are made for the device and the dtype.
+    compiles, where the kernels are made for the device and the dtype.
 
     Raises `UsageError` as `check_kernels`.
     """
     device, made_for = model.placement.device, check_kernels(name, model.placement)
     if name == "auto":
-        name = "fused" if compile and made_for and not model.plan else "reference"
+        name = "fused" if compile and made_for else "reference"
     if name == "reference":
         model.transformer.stages = _over_ranks(model, reference)
         return

@@ -25,7 +25,17 @@ from fastgen.model import Transformer
 from fastgen.noise import NoiseKey, gumbel, uniform
 from fastgen.options import MOST_DRAFTS, SamplingOptions
 from fastgen.sampling import Knobs, adjust, log_probabilities, sample
-from fastgen.steps import Cases, Choice, Result, Rows, choose_token, covered_by_kernels, decode_one_token, whole_lanes
+from fastgen.steps import (
+    Cases,
+    Choice,
+    Result,
+    Rows,
+    choose_token,
+    covered_by_kernels,
+    decode_one_token,
+    most_bytes,
+    whole_lanes,
+)  # fmt: skip
 
 WIDTHS = (1, 2, 4, 8, MOST_DRAFTS + 1)
 """Tokens that the target takes at once."""
@@ -166,7 +176,7 @@ class Rounds:
         by_kernels = compiled and covered_by_kernels(model, batch * max(widths))
         self.model, self.drafters, self.widths = model, drafters, widths
         self.independent, self._dynamic = False, compiled and not by_kernels
-        self.burst = burst_of(model.weight_bytes()) if on_gpu else 1
+        self.burst = burst_of(most_bytes(model)) if on_gpu else 1
         self.bounds = [reach] if by_kernels else bounds_below(reach)
         self._positions = torch.arange(reach + SPARE, device=device)
         self._first = torch.zeros((), dtype=torch.int64, device=device)  # where what a drafter is shown begins
@@ -175,6 +185,7 @@ class Rounds:
         self._verify: Callable[..., Round] = verify
         self._cases = Cases(compiled)
         self._graphs = Graphs() if on_gpu else None
+        self._by_kernels: dict[tuple[int, int], bool] = {}  # whether a drafter is shown so many tokens by kernels
         self._rows: Rows | None = None
         self._drafts: Drafts | None = None
         compile_step = partial(torch.compile, fullgraph=True, dynamic=False)
@@ -217,12 +228,18 @@ class Rounds:
         """Append the texts' tokens at start .. start + width - 1 to the cache of a drafter that has its own."""
         steps = self.drafters[drafter].steps
         assert steps is not None, "who has no cache has missed nothing"
-        if self._graphs and covered_by_kernels(steps.model, len(self.rows.token) * width):
+        if self._graphs and self._shown_by_kernels(drafter, steps.model, width):
             self._first.fill_(start)
             self._run(("show", drafter, width), partial(self._show, steps.model, width))
         else:
             tokens = self.rows.text[:, start : start + width].clamp(0, steps.model.vocab_size - 1)
             steps.prefill(tokens, start, self.rows.positions + 1)
+
+    def _shown_by_kernels(self, drafter: int, draft: Transformer, width: int) -> bool:
+        case = (drafter, width)
+        if case not in self._by_kernels:
+            self._by_kernels[case] = covered_by_kernels(draft, len(self.rows.token) * width)
+        return self._by_kernels[case]
 
     def verify(self, width: int, filled: int, options: SamplingOptions, *, logprobs: bool) -> Round:
         """Verify what was drafted for texts of at most `filled` tokens; at width 1, decode `burst` tokens plainly."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from fastgen.graphs import GraphDecoder, bounds_below
+from fastgen.graphs import GraphDecoder, bounds_below, burst_of
 from fastgen.model import Transformer
 from fastgen.noise import NoiseKey
 from fastgen.options import SamplingOptions
@@ -150,7 +150,7 @@ class Steps:
         if compiled and on_gpu:
             # Kernels read where a text ends on the device: one graph serves every length.
             bounds = [reach] if self._by_kernels else bounds_below(reach)
-            self._graphs = GraphDecoder(self._decode_eagerly, reach, model.weight_bytes(), bounds)
+            self._graphs = GraphDecoder(self._decode_eagerly, reach, burst_of(most_bytes(model)), bounds)
             self.burst = self._graphs.burst
 
     def prefill(self, tokens: Tensor, start: int, lengths: Tensor) -> Tensor:
@@ -254,6 +254,13 @@ def covered_by_kernels(model: Transformer, batch: int) -> bool:
     """Whether a decode step of `batch` texts is nothing but kernels, which leave torch.compile nothing to do."""
     covers = getattr(model.stages, "covers", None)
     return covers is not None and covers(model, model.config.head_dim, batch)
+
+
+def most_bytes(model: Transformer) -> int:
+    """Return the bytes of weights that a step reads, of several ranks' parts the largest: all are to make as many steps
+    at a time. The ranks come here together."""
+    own = torch.tensor([model.weight_bytes()], device=model.embedding.weight.device)
+    return int(model.vocabulary.gather(own).max())
 
 
 def count_compilations() -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastgen import cli
 from fastgen.device import describe
-from fastgen.load import LoadedModel, load_model, random_model
+from fastgen.load import LoadedModel, load_model, random_model, use_kernels
 from fastgen.lossless import Proof, own_prompts, prove
 from fastgen.report import versions
 from fastgen.speculation import AUTO
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--kernels", choices=("auto", "reference", "fused"), default="auto")
     parser.add_argument("--output", type=Path, required=True)
     config = parser.parse_args(argv)
     records = json.loads(config.output.read_text())["records"] if config.output.exists() else []
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def key(record: dict[str, Any]) -> tuple[object, ...]:
     """Return what tells a cell from others."""
-    return tuple(record[name] for name in ("target", "quant", "draft", "drafts", "compiled", "texts", "dtype"))
+    names = ("target", "quant", "draft", "drafts", "compiled", "texts", "dtype", "kernels")
+    return tuple(record[name] for name in names)
 
 
 def measure(config: argparse.Namespace, done: set[tuple[object, ...]]) -> Iterator[dict[str, Any]]:
@@ -62,7 +64,7 @@ def measure(config: argparse.Namespace, done: set[tuple[object, ...]]) -> Iterat
         prompts = own_prompts(target, config.texts)
         for name in config.drafts:
             cell = {"target": config.target, "quant": quant, "draft": name, "compiled": config.compile}
-            cell |= {"texts": config.texts, "dtype": config.dtype}
+            cell |= {"texts": config.texts, "dtype": config.dtype, "kernels": config.kernels}
             counts = [count if count == AUTO else int(count) for count in config.speculate]
             left = [count for count in counts if key(cell | {"drafts": count}) not in done]
             if not left:
@@ -78,20 +80,27 @@ def measure(config: argparse.Namespace, done: set[tuple[object, ...]]) -> Iterat
 def load(config: argparse.Namespace, quant: str | None) -> LoadedModel:
     """Return the target with weights of some format."""
     place = {"device": config.device, "dtype": config.dtype}
-    return load_model(config.target, tokenizer=config.tokenizer, quant=quant, **place)
+    return ready(load_model(config.target, tokenizer=config.tokenizer, quant=quant, **place), config)
+
+
+def ready(model: LoadedModel, config: argparse.Namespace) -> LoadedModel:
+    """Return the model with the kernels that were asked for."""
+    use_kernels(model, config.kernels, compile=config.compile)
+    return model
 
 
 def draft_of(name: str, target: LoadedModel, config: argparse.Namespace) -> LoadedModel | str:
     """Return a kind of draft: the embedded one, the target's own weights (in some format), its first half, text that
     repeats itself, or random weights of its shape."""
     if name == "embedded":
-        return load_model("stories-draft", device=config.device, dtype=config.dtype)
+        return ready(load_model("stories-draft", device=config.device, dtype=config.dtype), config)
     if name == "self":
         return f"self:{len(target.transformer.layers) // 2}"
     if name == "ngram":
         return name
     if name == "random":
-        return replace(random_model(target.config, target.placement, seed=1), tokenizer=target.tokenizer)
+        stranger = random_model(target.config, target.placement, seed=1)
+        return ready(replace(stranger, tokenizer=target.tokenizer), config)
     return load(config, None if name == "same" else name)
 
 

@@ -26,7 +26,7 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> GraphDecoder:
         return SimpleNamespace(replay=lambda: None), state
 
     monkeypatch.setattr(Graphs, "_capture", capture)
-    return GraphDecoder(lambda: None, 600, 0, bounds_below(600))
+    return GraphDecoder(lambda: None, 600, 8, bounds_below(600))
 
 
 def rows_of(texts: int, value: int) -> Rows:

@@ -12,7 +12,7 @@ from fastgen.load import LoadedModel, load_model
 from fastgen.model import Transformer
 from fastgen.options import GenerationOptions
 from fastgen.sampling import log_probabilities
-from fastgen.steps import covered_by_kernels
+from fastgen.steps import covered_by_kernels, most_bytes
 from quantize.run import main as quantize
 from tests.rank_threads import on_ranks
 from tests.sharded import CASES, PROMPTS, drafting, logits, part, texts, whole
@@ -99,23 +99,36 @@ def test_ranks_that_differ_are_noticed_by_all(what: str) -> None:
     assert all("--check-ranks" in message for message in on_ranks(2, generate))
 
 
-def test_a_share_is_covered_by_kernels_as_its_stages_say() -> None:
-    model, asked = whole(CASES["fp32"]), []
+def test_all_ranks_make_as_many_steps_at_a_time() -> None:
+    model = whole(CASES["9/3 heads"])
+
+    def measure(ranks: Ranks) -> tuple[int, int]:
+        mine = part(model, ranks).transformer
+        return mine.weight_bytes(), most_bytes(mine)
+
+    (one, most), (another, agreed) = on_ranks(2, measure)
+    assert one != another and most == agreed == max(one, another)
+
+
+def test_a_share_is_covered_by_kernels_where_those_of_all_ranks_are() -> None:
+    model = whole(CASES["fp32"])
 
     class Kernels:
-        """The reference's stages, said to cover one text."""
+        """The reference's stages, said to cover one text, and on rank 0 two."""
+
+        def __init__(self, rank: int) -> None:
+            self.most = 2 - rank
 
         def __getattr__(self, name: str) -> object:
             return getattr(reference, name)
 
         def covers(self, transformer: Transformer, head_dim: int, tokens: int) -> bool:
-            asked.append(transformer)
-            return tokens == 1
+            return transformer.config.dim == model.config.dim and tokens <= self.most
 
     def covered(ranks: Ranks) -> list[bool]:
         mine = part(model, ranks)
         assert not covered_by_kernels(mine.transformer, 1), "the reference is no kernel"
-        mine.transformer.stages = ShardedStages(Kernels(), mine.plan, ranks)
+        mine.transformer.stages = ShardedStages(Kernels(ranks.rank), mine.plan, ranks)
         return [covered_by_kernels(mine.transformer, batch) for batch in (1, 2)]
 
-    assert on_ranks(2, covered) == [[True, False]] * 2 and len(asked) == 4
+    assert on_ranks(2, covered) == [[True, False]] * 2

@@ -24,12 +24,18 @@ class ShardedStages:
 
     def __init__(self, stages: PartialStages, plan: Plan, ranks: Ranks) -> None:
         self._stages, self._ranks, self._first = stages, ranks, plan.vocabulary[0]
-        self.covers: Callable[..., bool] = getattr(stages, "covers", _never)
         self.embed: Callable[..., Tensor] = self._embed
         self.linear_add: Callable[..., Tensor] = self._linear_add
         self.norm_linear, self.norm_swiglu = stages.norm_linear, stages.norm_swiglu
         self.rotations, self.attend = stages.rotations, stages.attend
         self.head, self.greedy_head = stages.head, stages.greedy_head
+
+    def covers(self, model: nn.Module, head_dim: int, tokens: int) -> bool:
+        """Whether every rank's stages all run as kernels: ranks that compile and ranks that do not would wait for each
+        other's sums. The ranks come here together."""
+        covers: Callable[..., bool] = getattr(self._stages, "covers", _never)
+        mine = torch.tensor([covers(model, head_dim, tokens)], device=next(model.parameters()).device)
+        return bool(self._ranks.gather(mine.int()).all())
 
     def _embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """See `reference.embed`; the rank that knows a token gives its row, the others zeros."""
