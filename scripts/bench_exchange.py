@@ -5,7 +5,8 @@
 A CUDA graph holds a chain of sums, each of which needs the one before: what a decode step does between its blocks.
 Every sum is checked against fp64, all ranks must have the same bits, and a thousand replays must give what one gives.
 What a sum adds to a step is less than it takes alone, for the next kernel copies its weights meanwhile: a second chain
-has the MLP of a Llama-2 on so many ranks between sums, beside the same without them.
+has the MLP of a Llama-2 on so many ranks between sums, whose rows the product sends itself (`linear_sum_add`) or
+leaves to a kernel behind it, beside the same without sums.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch import Tensor
 from fastgen.device import describe
 from fastgen.kernels.exchange import Exchange, exchange
 from fastgen.kernels.linear_add import linear_add, partial_linear
+from fastgen.kernels.linear_sum import linear_sum_add
 from fastgen.kernels.norm_swiglu import norm_swiglu
 from fastgen.report import versions
 from tp.dist import Ranks, join
@@ -44,6 +46,7 @@ def main() -> None:
     check_sums(shared, ranks, place)
     check_gathering(shared, ranks, place)
     check_replays(shared, ranks, place)
+    check_products(ranks, place)
     rows = []
     for tokens, width in SIZES:
         x = torch.randn(tokens, width, device=place)
@@ -75,24 +78,27 @@ def nccl_sum(x: Tensor, residual: Tensor) -> Tensor:
 
 
 def time_mlp(name: str, shared: Exchange, ranks: Ranks, device: torch.device) -> dict[str, object]:
-    """Return what an MLP of a model takes in bf16 with a sum over the ranks behind it, and without, in us."""
+    """Return what an MLP of a model takes in bf16 with a sum over the ranks in it, or behind it, and without, in us."""
     dim, hidden = MLPS[name][0], MLPS[name][1] // ranks.world
     gate_ups = [torch.randn(2 * hidden, dim, device=device, dtype=torch.bfloat16) for _ in range(COPIES)]
     downs = [torch.randn(dim, hidden, device=device, dtype=torch.bfloat16) for _ in range(COPIES)]
     gain = torch.ones(dim, device=device, dtype=torch.bfloat16)
     turn = itertools.cycle(range(COPIES))
 
-    def mlp(x: Tensor, *, summed: bool) -> Tensor:
+    def mlp(x: Tensor, *, end: Callable[..., Tensor]) -> Tensor:
         number = next(turn)
-        h = norm_swiglu(x, gain, 1e-5, gate_ups[number], None)
-        if summed:
-            return shared.sum(partial_linear(h, downs[number], None), x)
-        return linear_add(h, downs[number], None, x)
+        return end(norm_swiglu(x, gain, 1e-5, gate_ups[number], None), downs[number], None, x)
 
+    ends = {
+        "with_sum_us": linear_sum_add,
+        "with_sum_behind_us": lambda h, down, bias, x: shared.sum(partial_linear(h, down, bias), x),
+        "without_us": linear_add,
+    }
     x = torch.zeros(1, dim, device=device, dtype=torch.bfloat16)
-    times = {summed: microseconds(functools.partial(mlp, summed=summed), x) for summed in (True, False)}
     megabytes = (gate_ups[0].nbytes + downs[0].nbytes) / 1e6
-    return {"model": name, "megabytes": megabytes, "with_sum_us": times[True], "without_us": times[False]}
+    return {"model": name, "megabytes": megabytes} | {
+        kind: microseconds(functools.partial(mlp, end=end), x) for kind, end in ends.items()
+    }
 
 
 def check_sums(shared: Exchange, ranks: Ranks, device: torch.device) -> None:
@@ -140,6 +146,36 @@ def check_replays(shared: Exchange, ranks: Ranks, device: torch.device) -> None:
         if replay % 100 == ranks.rank:
             torch.cuda.synchronize()
         assert replay % 50 or torch.equal(out, expected), f"replay {replay} differs"
+
+
+def check_products(ranks: Ranks, device: torch.device) -> None:
+    """Compare products that send their rows with fp64, and the ranks with each other, alone and in replayed graphs."""
+    own, common = torch.Generator(device).manual_seed(ranks.rank), torch.Generator(device).manual_seed(1000)
+    weight = torch.randn(4096, 2752, device=device, generator=own).bfloat16() / 64
+    for tokens in (1, 5, 16):
+        x = torch.randn(tokens, 2752, device=device, generator=own).bfloat16()
+        residual = torch.randn(tokens, 4096, device=device, generator=common).bfloat16()
+        exact = x.double() @ weight.double().T
+        dist.all_reduce(exact)
+        exact += residual
+
+        def chain(x: Tensor = x, residual: Tensor = residual) -> Tensor:
+            for _ in range(CHAIN):  # every second one has the first one's result
+                other = linear_sum_add(x, weight, None, residual)
+                found = linear_sum_add(x + 0 * other[:, :2752], weight, None, residual)
+            return found
+
+        found = linear_sum_add(x, weight, None, residual)
+        assert ((found.double() - exact).abs() <= 2**-8 * exact.abs().clamp(min=1)).all(), f"product of {tokens} tokens"
+        graph, out = captured(chain)
+        for replay in range(200):
+            graph.replay()
+            if replay % 10 == ranks.rank:
+                torch.cuda.synchronize()
+        copies = [torch.empty_like(found) for _ in range(ranks.world)]
+        dist.all_gather(copies, found)
+        assert all(torch.equal(copy, found) for copy in copies), f"ranks differ in a product of {tokens} tokens"
+        assert torch.equal(out, found), f"a product of {tokens} tokens differs in a graph"
 
 
 def captured(work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

@@ -24,6 +24,7 @@ class ShardedStages:
 
     def __init__(self, stages: PartialStages, plan: Plan, ranks: Ranks) -> None:
         self._stages, self._ranks, self._first = stages, ranks, plan.vocabulary[0]
+        self._posted: Callable[..., Tensor] | None = getattr(stages, "linear_sum_add", None) if ranks.linked else None
         self.embed: Callable[..., Tensor] = self._embed
         self.linear_add: Callable[..., Tensor] = self._linear_add
         self.norm_linear, self.norm_swiglu = stages.norm_linear, stages.norm_swiglu
@@ -43,6 +44,8 @@ class ShardedStages:
 
     def _linear_add(self, x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
         """See `reference.linear_add`; x is this rank's part of the input."""
+        if self._posted:
+            return self._posted(x, linear, residual, self._ranks.sum_add)
         return self._ranks.sum_add(self._stages.partial_linear(x, linear), residual)
 
 

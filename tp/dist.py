@@ -35,8 +35,9 @@ BACKEND_TIMEOUT = timedelta(days=7)
 class Ranks:
     """The processes of a run and what they do together: sums, and looking at each other's values."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, place: Place, *, linked: bool = False) -> None:
+        """`linked`: small sums go through `fastgen.kernels.exchange`."""
+        self.place, self.linked = place, linked
 
     @property
     def rank(self) -> int:
@@ -186,9 +187,9 @@ def join(device: str | None = None, timeout: float = 60.0) -> tuple[Ranks, str |
         "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world, timeout=BACKEND_TIMEOUT,
         device_id=torch.device(device) if on_gpu else None,
     )  # fmt: skip
-    _exchange_for(torch.zeros(1, device=device))
+    linked = _exchange_for(torch.zeros(1, device=device)) is not None
     atexit.register(_part)
-    return Ranks(watch.place), device
+    return Ranks(watch.place, linked=linked), device
 
 
 def choose_device(device: str | None, place: Place) -> str:

@@ -10,15 +10,18 @@ of one write. NCCL's protocol LL works so (https://arxiv.org/abs/2507.04786, sec
   and so have read what came in call c.
 - Calls are counted in the GPU's memory, one count a program: a CUDA graph replays, and programs do not wait for each
   other. Every rank makes the same calls in the same order, and a program's numbers lie at the same place in all.
-- Under programmatic dependent launch the next kernel copies its first weights while this one waits for NVLink. All
-  that is read here may come from the kernel ahead, or the one before that: everything follows the wait.
+- Under programmatic dependent launch the next kernel copies its first weights while this one waits for NVLink. What it
+  sends comes from the kernel ahead: everything follows the wait.
+- A product sends its rows itself, from its epilogue (`fastgen.kernels.linear_sum`); the kernel here then only receives.
+  It needs nothing of the product's but what arrives: it starts when all of the product's programs are past their own
+  wait, so what was written before the product is there, and it waits for the product's end only at its own.
 - It never uses NVLink multicast.
 
-Why it is a launch of its own. In the epilogue of the product ahead it would save about a microsecond of the launch, but
-programs that wait for NVLink would hold their shared memory meanwhile. Here none is held: the product's programs leave,
-the next kernel's start and copy their first weights (21 MB in flight on an H200, 4.8 us) while the numbers travel.
-The norm behind it needs the whole row, for which programs would have to wait for each other once more; the next kernel
-sums the squares along with its product. `scripts/bench_exchange.py` measures what a sum adds to an MLP.
+Why receiving is a launch of its own. A product's programs that waited for NVLink would hold their shared memory
+meanwhile. Here none is held: the product's programs leave, the next kernel's start and copy their first weights (21 MB
+in flight on an H200, 4.8 us) while the numbers travel. The norm behind it needs the whole row, for which programs would
+have to wait for each other once more; the next kernel sums the squares along with its product.
+`scripts/bench_exchange.py` measures what a sum adds to an MLP.
 """
 
 import functools
@@ -30,6 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastgen.kernels import launch
@@ -39,6 +44,7 @@ CAPACITY = 1 << 18
 
 TILE = 256  # numbers of a program
 WARPS = 4
+_CAPACITY, _TILE = gl.constexpr(CAPACITY), gl.constexpr(TILE)
 
 
 class Exchange:
@@ -64,6 +70,13 @@ class Exchange:
         self._run(x.contiguous(), residual if residual is None else residual.contiguous(), out, is_sum=True)
         return out
 
+    def receive(self, residual: Tensor, out: Tensor) -> None:
+        """Put the residual [..] plus the sum of what every rank's kernel ahead sends with `post` into `out`.
+
+        It may do so before the kernel ahead has ended, so `out` must have been there when that was launched.
+        """
+        self._run(None, residual.contiguous(), out, is_sum=True)
+
     def gather(self, x: Tensor) -> Tensor:
         """Return every rank's x [..], of a dtype of 4 or 8 bytes: [world, ..]."""
         bits = x.reshape(-1).view(torch.int32)
@@ -71,10 +84,11 @@ class Exchange:
         self._run(bits, None, out, is_sum=False)
         return out.view(x.dtype).view(self.world, *x.shape)
 
-    def _run(self, x: Tensor, residual: Tensor | None, out: Tensor, *, is_sum: bool) -> None:
-        options = launch.dependent_launch(x.device)
-        exchange_kernel[(triton.cdiv(x.numel(), TILE),)](
-            x, residual, out, self.boxes, self.calls, x.numel(), self.rank,
+    def _run(self, x: Tensor | None, residual: Tensor | None, out: Tensor, *, is_sum: bool) -> None:
+        options = launch.dependent_launch(out.device)
+        n = out.numel() if is_sum else out[0].numel()
+        exchange_kernel[(triton.cdiv(n, TILE),)](
+            x, residual, out, self.boxes, self.calls, n, self.rank,
             WORLD=self.world, RANKS=launch.next_power_of_two(self.world), CAPACITY=CAPACITY, TILE=TILE, SUM=is_sum,
             PDL=bool(options), num_warps=WARPS, **options,
         )  # fmt: skip
@@ -100,7 +114,8 @@ def exchange_kernel(
     x, residual, out, boxes, calls, n, rank, WORLD: tl.constexpr, RANKS: tl.constexpr, CAPACITY: tl.constexpr,
     TILE: tl.constexpr, SUM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of n); x [n]; boxes [WORLD] addresses of int64 [2, WORLD, CAPACITY]; calls [tiles].
+    """Grid (tiles of n); x [n] or None, where it was sent already; boxes [WORLD] addresses of int64 [2, WORLD,
+    CAPACITY]; calls [tiles].
 
     SUM: residual [n] or None, out [n]. Else x and out [WORLD, n] are int32. RANKS: WORLD, as a power of two.
     """
@@ -110,11 +125,15 @@ def exchange_kernel(
     mine = tl.load(boxes + rank)
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
-    call = tl.load(calls + program) + 1
-    send(x, theirs, call, n, rank, program, WORLD, RANKS, CAPACITY, TILE, SUM)
+        if x is not None:
+            gdc_wait()
+    call = tl.load(calls + program, cache_modifier=".cg") + 1
+    if x is not None:
+        send(x, theirs, call, n, rank, program, WORLD, RANKS, CAPACITY, TILE, SUM)
     receive(residual, out, mine, call, n, program, WORLD, RANKS, CAPACITY, TILE, SUM)
     tl.store(calls + program, call)
+    if PDL and x is None:
+        gdc_wait()  # who waits for this kernel waits for the one ahead too
 
 
 @triton.jit
@@ -148,7 +167,7 @@ def receive(
     due = call.to(tl.int64)
     total = tl.zeros([TILE], tl.float32)
     if residual is not None:
-        total += tl.load(residual + at, mask=at < n, other=0.0).to(tl.float32)
+        total += tl.load(residual + at, mask=at < n, other=0.0, cache_modifier=".cg").to(tl.float32)
     word = tl.load(source, mask=here, other=due << 32, volatile=True)
     while tl.min(tl.min(((word >> 32) == due).to(tl.int32), axis=1), axis=0) == 0:
         word = tl.load(source, mask=here, other=due << 32, volatile=True)
@@ -158,3 +177,27 @@ def receive(
         tl.store(out + at, total.to(out.dtype.element_ty), mask=at < n)
     else:
         tl.store(out + rank[:, None] * n + at[None, :], number, mask=here)
+
+
+@gluon.jit
+def addresses(boxes, WORLD: gl.constexpr):
+    """Return the addresses of the ranks' boxes, constants that may be read before the wait."""
+    theirs = ()
+    for r in gl.static_range(WORLD):
+        theirs += (gl.load(boxes + r),)
+    return theirs
+
+
+@gluon.jit
+def coming_call(calls, at, here):
+    """Return the number of the sum that comes next, for numbers [..] at these places."""
+    return gl.load(calls + at // _TILE, mask=here, other=0) + 1
+
+
+@gluon.jit
+def post(y, call, at, here, rank, theirs):
+    """Write y [..] fp32, where `here`, into every rank's box as `send` does, for `Exchange.receive`."""
+    word = (call.to(gl.int64) << 32) | (y.to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF)
+    slot = ((call & 1) * len(theirs) + rank) * _CAPACITY + at
+    for r in gl.static_range(len(theirs)):
+        gl.store(theirs[r].to(gl.pointer_type(gl.int64)) + slot, word, mask=here, cache_modifier=".wt")

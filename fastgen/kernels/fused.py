@@ -8,6 +8,8 @@ of several new tokens must be consecutive, and launches on two streams of one GP
     prepare(device)      # before anything is compiled or captured
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +18,11 @@ from fastgen.kernels import entry as _entry
 from fastgen.kernels import head as _head
 from fastgen.kernels import launch, reference
 from fastgen.kernels import linear_add as _linear_add
+from fastgen.kernels import linear_sum as _linear_sum
 from fastgen.kernels import norm_linear as _norm_linear
 from fastgen.kernels import norm_swiglu as _norm_swiglu
 from fastgen.kernels import packed_linear as _packed
+from fastgen.kernels.exchange import CAPACITY
 from fastgen.kernels.packed import TILE, PackedLinear
 from fastgen.kernels.reference import Step
 from fastgen.kernels.rope import Rope
@@ -104,6 +108,19 @@ def partial_linear(x: Tensor, linear: nn.Module) -> Tensor:
     if isinstance(linear, PackedLinear) and _fits(x, x):
         return _packed_linear(x, None, linear, wide=True)
     return reference.partial_linear(x, linear)
+
+
+def linear_sum_add(x: Tensor, linear: nn.Module, residual: Tensor, sum_add: Callable[..., Tensor]) -> Tensor:
+    """Return the residual plus the sum of linear(x) over the ranks, which `exchange` must link; other than by kernels
+    it is sum_add(part, residual)."""
+    fits = residual.numel() <= CAPACITY
+    if isinstance(linear, nn.Linear) and fits and _streams(x, linear.weight):
+        return _linear_sum.linear_sum_add(x, linear.weight, linear.bias, residual)
+    if isinstance(linear, PackedLinear) and fits and _fits(x, x):
+        words, scales = linear.words, linear.scales
+        if _packed.is_one_launch(x, words, scales):
+            return _linear_sum.packed_sum_add(x, words, scales, linear.bias, residual)
+    return sum_add(partial_linear(x, linear), residual)
 
 
 def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:

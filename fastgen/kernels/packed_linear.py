@@ -6,6 +6,8 @@ norm_swiglu and `packed_greedy_head` the head with its argmax. How: `fastgen.ker
 `scales` hold: `fastgen.kernels.packed`.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +71,7 @@ def packed_linear(
     """Return [.., n], in fp32 if `wide`, else in x's dtype, for x [.., K], norm [K], bias [n], residual [.., n]."""
     out = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype, device=x.device)
     residual = None if residual is None else residual.contiguous()
-    _launch(packed_linear_kernel, x, norm, eps, words, scales, n, bias=bias, residual=residual, out=out)
+    launch_packed(packed_linear_kernel, x, norm, eps, words, scales, n, bias=bias, residual=residual, out=out)
     return out
 
 
@@ -88,7 +90,7 @@ def packed_swiglu(
     """Return silu(gate) * up [.., n / 2] for x [.., K], norm [K], bias [n]; n is a multiple of 16."""
     assert n % TILE == 0, "gate and up rows meet in a tile"
     out = x.new_empty(*x.shape[:-1], n // 2)
-    _launch(packed_swiglu_kernel, x, norm, eps, words, scales, n, bias=bias, out=out)
+    launch_packed(packed_swiglu_kernel, x, norm, eps, words, scales, n, bias=bias, out=out)
     return out
 
 
@@ -106,7 +108,7 @@ def packed_greedy_head(
     best = torch.empty(tokens, tiles, dtype=torch.float32, device=x.device)
     ids = torch.empty(tokens, tiles, dtype=torch.int32, device=x.device)
     out = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
-    _launch(packed_best_kernel, x, norm, eps, words, scales, n, bias=bias, best=best, ids=ids)
+    launch_packed(packed_best_kernel, x, norm, eps, words, scales, n, bias=bias, best=best, ids=ids)
     options = launch.dependent_launch(x.device)
     pick_token_kernel[(tokens,)](best, ids, out, tiles, WIDTH=1024, PDL=bool(options), num_warps=4, **options)
     return out
@@ -117,19 +119,26 @@ def _(x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor, bias: 
     return torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
 
 
-def _launch(
+def launch_packed(
     kernel: Any, x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor, n: int,
-    *, bias: Tensor | None, **of_tokens: Tensor | None,
+    *, bias: Tensor | None, constants: Mapping[str, Any] = MappingProxyType({}), **of_tokens: Tensor | None,
 ) -> None:  # fmt: skip
+    """Launch a kernel of `stream_packed`, and before it what several tokens need; `of_tokens` have a row a token.
+
+    Only without `constants`, which the kernel gets as they are, may it become two launches, each of some tokens.
+    """
     width, form = x.shape[-1], form_of(words, scales)
     tiles, units = words.shape[:2]
     tokens, processors = x.numel() // width, launch.processors(x.device)
     x = x.reshape(tokens, width).contiguous()
     sets, shape, slots, kept = choose(form, width, tokens, launch.shared_memory(x.device), tiles / processors)
     if slots < 2 and sets == 2:  # on a GPU of little shared memory
+        assert not constants, "whoever asks for one launch has asked `is_one_launch`"
         for part in (slice(0, 8), slice(8, tokens)):
-            parts = {name: None if all_ is None else all_.view(tokens, -1)[part] for name, all_ in of_tokens.items()}
-            _launch(kernel, x[part], norm, eps, words, scales, n, bias=bias, **parts)
+            parts: dict[str, Any] = {
+                name: None if all_ is None else all_.view(tokens, -1)[part] for name, all_ in of_tokens.items()
+            }
+            launch_packed(kernel, x[part], norm, eps, words, scales, n, bias=bias, **parts)
         return
     if width % UNIT:  # the norm first: kernels read it before they wait for the one ahead, which pads x
         norm = None if norm is None else F.pad(norm, (0, units * UNIT - width))
@@ -146,10 +155,19 @@ def _launch(
         )  # fmt: skip
     grid = (min(tiles, shape.per_processor * processors),)
     kernel[grid](
-        given, norm, factors, words, scales, tokens, n, tiles, 4 * words.shape[2], eps, bias=bias, **of_tokens,
-        WIDTH=width, PLANES=form.planes, GROUPS=form.groups, ZEROS=form.zeros, SETS=sets, R=shape.tiles, STAGES=slots,
-        KEPT=kept, DTYPE=DTYPES[x.dtype], PDL=bool(options), num_warps=WARPS.value, maxnreg=shape.registers, **options,
+        given, norm, factors, words, scales, tokens, n, tiles, 4 * words.shape[2], eps, bias=bias, **constants,
+        **of_tokens, WIDTH=width, PLANES=form.planes, GROUPS=form.groups, ZEROS=form.zeros, SETS=sets, R=shape.tiles,
+        STAGES=slots, KEPT=kept, DTYPE=DTYPES[x.dtype], PDL=bool(options), num_warps=WARPS.value,
+        maxnreg=shape.registers, **options,
     )  # fmt: skip
+
+
+def is_one_launch(x: Tensor, words: Tensor, scales: Tensor) -> bool:
+    """Whether weights and all tokens of x are multiplied in one launch, not two on a GPU of little shared memory."""
+    tokens, processors = x.numel() // x.shape[-1], launch.processors(x.device)
+    form, memory = form_of(words, scales), launch.shared_memory(x.device)
+    chosen = choose(form, x.shape[-1], tokens, memory, words.shape[0] / processors)
+    return chosen.slots >= 2 or chosen.sets < 2
 
 
 def choose(form: Form, width: int, tokens: int, memory: int, tiles_each: float) -> Choice:
@@ -247,7 +265,7 @@ def _both(values, row, here, n, tiles):
 
 
 @gluon.jit
-def _biased(first, second, row, here, n, tiles, bias):
+def biased_rows(first, second, row, here, n, tiles, bias):
     """Return y plus the bias, if there is one."""
     if bias is not None:
         low, high = _both(bias, row, here, n, tiles)
@@ -260,7 +278,7 @@ def _biased(first, second, row, here, n, tiles, bias):
 def _store(first, second, early, tile, row, token, here, n, tiles, extra):
     """Store y plus bias and residual."""
     out, bias, residual = extra
-    first, second = _biased(first, second, row, here, n, tiles, bias)
+    first, second = biased_rows(first, second, row, here, n, tiles, bias)
     if residual is not None:
         first, second = first + early[0], second + early[1]
     at, other = out + token.to(gl.int64) * n, row + 8 * tiles
@@ -272,7 +290,7 @@ def _store(first, second, early, tile, row, token, here, n, tiles, extra):
 def _gate_and_store(first, second, early, tile, row, token, here, n, tiles, extra):
     """Store silu(gate) * up; gate rows are in the first half, up rows in the second."""
     out, bias = extra
-    gate, up = _biased(first, second, row, here, n, tiles, bias)
+    gate, up = biased_rows(first, second, row, here, n, tiles, bias)
     at = out + token.to(gl.int64) * (n // 2) + row
     gl.store(at, (gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype.element_ty), mask=here)
 
@@ -281,7 +299,7 @@ def _gate_and_store(first, second, early, tile, row, token, here, n, tiles, extr
 def _store_best(first, second, early, tile, row, token, here, n, tiles, extra):
     """Store the largest value of a tile and its row for each token; NaN counts as +inf."""
     best, ids, bias = extra
-    first, second = _biased(first, second, row, here, n, tiles, bias)
+    first, second = biased_rows(first, second, row, here, n, tiles, bias)
     other = row + 8 * tiles
     first, second = _comparable(first, row < n), _comparable(second, other < n)
     row = gl.where(second > first, other, row)  # the lower one of two that are equal

@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from fastgen.kernels import attend, head, launch, linear_add, norm_linear, norm_swiglu, product
+from fastgen.kernels import attend, head, launch, linear_add, norm_linear, norm_swiglu, packed, packed_linear, product
 from fastgen.kernels.launch import Shape
 from tests.kernels import support
 from tests.kernels.machine import OnMachine
@@ -22,9 +22,14 @@ KERNELS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
 )
 """Module, kernel, and what of its arguments the kernel ahead of it may have written."""
 
-TYPES = {"best": "*fp32", "ids": "*i32", "claims": "*i32", "eps": "fp32"} | dict.fromkeys(
-    ("tokens", "n", "own", "tiles"), "i32"
-)
+PACKED = {
+    "packed_linear_kernel": ("x", "residual", "factors"), "packed_best_kernel": ("x", "factors"),
+    "prepare_kernel": ("x",), "pick_token_kernel": ("best", "ids"),
+}  # fmt: skip
+"""What of a kernel's arguments the kernel ahead of it may have written."""
+
+TYPES = {"best": "*fp32", "ids": "*i32", "claims": "*i32", "boxes": "*i64", "calls": "*i32", "eps": "fp32"}
+TYPES |= dict.fromkeys(("tokens", "n", "own", "tiles", "rank"), "i32")
 
 
 @pytest.fixture
@@ -47,20 +52,32 @@ def on_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]
 
 
 @pytest.fixture
+def packed_on_machine(monkeypatch: pytest.MonkeyPatch, on_machine: Callable[..., None]) -> None:
+    """The kernels with packed weights run on the machine too."""
+    for name, ahead in PACKED.items():
+        monkeypatch.setattr(packed_linear, name, OnMachine(getattr(packed_linear, name), ahead))
+    for name in ("pack_int4_kernel", "pack_int8_kernel"):
+        monkeypatch.setattr(packed, name, OnMachine(getattr(packed, name)))
+
+
+@pytest.fixture
 def assert_streams(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Compile a stage's kernel for a GPU in the shape that it would have there, and look at the code."""
 
-    def check(kernel: Any, stage: str, tokens: int, capability: int, element: str, **more: Any) -> None:
+    def check(
+        kernel: Any, stage: str, tokens: int, capability: int, element: str, constants: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> None:  # fmt: skip
         width = 4096
         monkeypatch.setattr(launch, "processor_memory", lambda device: support.SHARED_MEMORY[capability])
         monkeypatch.setattr(launch, "dependent_launch", lambda device: {"launch_pdl": True} if capability >= 90 else {})
         shapes = launch.table()["NVIDIA H200"][stage] if capability >= 90 else launch.DEFAULT
         shape = shapes[launch.column(tokens)]
         options = launch.fitted(shape, torch.empty(4096, width, device="meta"), tokens, 4096).options
-        constants: dict[str, Any] = {name: options[name] for name in ("R", "SETS", "DEPTH", "PDL", "WARPS")}
+        given = {name: options[name] for name in ("R", "SETS", "DEPTH", "PDL", "WARPS")} | (constants or {})
         arguments = {name: TYPES.get(name, element) for name in kernel.arg_names}
         compiled = support.compile_ahead(
-            kernel, capability, arguments, constants | {"K": width, "bias": None}, warps=product.WARPS, **more
+            kernel, capability, arguments, given | {"K": width, "bias": None}, warps=product.WARPS, **more
         )
         lines = product.WARPS * options["DEPTH"] * options["R"] * product.LINES
         lines += 1 + (triton.cdiv(width, 4 * product.WIDE) * product.WARPS if tokens == 1 else 0)

@@ -80,6 +80,11 @@ class GlobalMemory:
         raise Fault(f"memory that belongs to no tensor is {how}")
 
 
+def place_of(tensor: Tensor, tensors: Iterable[Tensor]) -> int:
+    """Return where a tensor will lie, as one of a launch's."""
+    return GlobalMemory(tensors).address(tensor)
+
+
 class SharedMemory:
     """A program's shared memory.
 

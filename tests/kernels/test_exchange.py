@@ -70,6 +70,21 @@ def test_every_rank_gets_the_same_sums_in_the_interpreter(world: int) -> None:
 
 
 @in_interpreter
+def test_what_was_sent_before_is_received_in_the_interpreter() -> None:
+    host = Host(3)
+    shape = {"WORLD": 3, "RANKS": 4, "CAPACITY": CAPACITY, "TILE": TILE}
+    for size in (200, 200, 60, 200):
+        values, residual = torch.randn(3, size), torch.randn(size)
+        grid = (triton.cdiv(size, TILE),)
+        host.run(list(values), [torch.empty(size) for _ in values], None, is_sum=True)  # leaves its words
+        before = torch.full((4,), int(host.call) - 1, dtype=torch.int32)
+        out = torch.full((size,), float("nan"))
+        exchange_kernel[grid](None, residual, out, host.boxes, before, size, 1, **shape, SUM=True, PDL=False)
+        assert torch.allclose(out, values.sum(0) + residual, rtol=1e-6, atol=1e-6)
+        assert before.tolist() == [int(host.call)] * grid[0] + [int(host.call) - 1] * (4 - grid[0])
+
+
+@in_interpreter
 def test_every_rank_gets_every_ranks_bits_in_the_interpreter() -> None:
     host = Host(3)
     for size in (2, 130, 5):
@@ -88,6 +103,17 @@ def test_numbers_of_an_earlier_call_do_not_count_in_the_interpreter() -> None:
         assert (outs[1] == 11.0 * value).all()
         words = host.memory[0].view(2, 2, CAPACITY)[int(host.call) % 2, :, :16] >> 32
         assert (words == host.call).all()
+
+
+@compiled_ahead
+@pytest.mark.parametrize(("capability", "pdl"), TARGETS)
+def test_who_only_receives_waits_for_the_kernel_ahead_last(capability: int, pdl: bool) -> None:
+    constants = {"x": None, "WORLD": 3, "RANKS": 4, "CAPACITY": 1 << 18, "TILE": 256, "SUM": True, "PDL": pdl}
+    arguments = {"residual": "*bf16", "out": "*bf16", "boxes": "*i64", "calls": "*i32", "n": "i32", "rank": "i32"}
+    lines = compile_ahead(exchange_kernel, capability, arguments, constants).asm["ttgir"].splitlines()
+    waits = [at for at, line in enumerate(lines) if "griddepcontrol.wait" in line]
+    assert len(waits) == pdl
+    assert not [line for at in waits for line in lines[at:] if "tt.load" in line or "tt.store" in line]
 
 
 @compiled_ahead

@@ -10,7 +10,16 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fastgen.kernels import fixed_point, fused, launch, packed_linear, packed_product, packed_units, reference
+from fastgen.kernels import (
+    fixed_point,
+    fused,
+    launch,
+    linear_sum,
+    packed_linear,
+    packed_product,
+    packed_units,
+    reference,
+)
 from fastgen.kernels.packed import Form, PackedLinear, form_of, pack_int4, pack_int8, unpack
 from quantize import int4, int8
 from tests.kernels import support
@@ -205,7 +214,7 @@ def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any], regis
     """Compile a kernel for a GPU that need not be there."""
     types = {
         "words": "*i32", "scales": "*i32", "factors": "*fp32", "best": "*fp32", "ids": "*i32", "tokens": "i32",
-        "n": "i32", "tiles": "i32", "record": "i32", "eps": "fp32",
+        "n": "i32", "tiles": "i32", "record": "i32", "eps": "fp32", "boxes": "*i64", "calls": "*i32", "rank": "i32",
     }  # fmt: skip
     types |= {"x": "*i32"} if constants["SETS"] else {}
     signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
@@ -225,7 +234,8 @@ def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any], regis
     [
         ("linear", 1, Form(1, 1, True), 2), ("swiglu", 16, Form(1, 4, False), 2), ("best", 1, Form(2, 0, False), 2),
         ("linear", 8, Form(2, 0, False), 2), ("swiglu", 16, Form(1, 1, False), 10),
-        ("linear", 16, Form(2, 0, False), 2),
+        ("linear", 16, Form(2, 0, False), 2), ("post", 1, Form(1, 1, True), 2), ("post", 8, Form(1, 1, True), 2),
+        ("post", 16, Form(1, 1, True), 10), ("post", 1, Form(2, 0, False), 2), ("post", 16, Form(2, 0, False), 2),
     ],
 )  # fmt: skip
 def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
@@ -237,9 +247,9 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
         "R": shape.tiles, "STAGES": slots, "KEPT": kept, "DTYPE": gl.bfloat16, "PDL": pdl, "bias": None,
     }  # fmt: skip
     constants |= {} if sets else {"factors": None}
-    compiled = compile_ahead(
-        getattr(packed_linear, f"packed_{name}_kernel"), capability, constants, shape.registers
-    )  # fmt: skip
+    constants |= {"norm": None, "WORLD": 4} if name == "post" else {}
+    kernels = linear_sum if name == "post" else packed_linear
+    compiled = compile_ahead(getattr(kernels, f"packed_{name}_kernel"), capability, constants, shape.registers)
     ptx, copied = compiled.asm["ptx"], "cp.async.cg.shared.global"
     assert support.usage(compiled)["STACK"] == 0, "no register is spilled"
     slot = packed_product.slot_bytes(*form, sets, shape.tiles, kept)

@@ -1,33 +1,17 @@
 """int4 and int8 weights in the kernels that pack and stream them, on `machine`: against fp64, the same bits."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fastgen.kernels import launch, packed, packed_linear
+from fastgen.kernels import launch, packed_linear
 from fastgen.kernels.packed import PackedLinear, form_of, pack_int4, pack_int8
 from quantize import int4, int8
 from tests.kernels import support
-from tests.kernels.machine import OnMachine, Threads
+from tests.kernels.machine import Threads
 from tests.kernels.support import compiled_ahead
-
-AHEAD = {
-    "packed_linear_kernel": ("x", "residual", "factors"), "packed_best_kernel": ("x", "factors"),
-    "prepare_kernel": ("x",), "pick_token_kernel": ("best", "ids"),
-}  # fmt: skip
-"""What of a kernel's arguments the kernel ahead of it may have written."""
-
-
-@pytest.fixture
-def packed_on_machine(monkeypatch: pytest.MonkeyPatch, on_machine: Callable[..., None]) -> None:
-    """The kernels with packed weights run on the machine too."""
-    for name, ahead in AHEAD.items():
-        monkeypatch.setattr(packed_linear, name, OnMachine(getattr(packed_linear, name), ahead))
-    for name in ("pack_int4_kernel", "pack_int8_kernel"):
-        monkeypatch.setattr(packed, name, OnMachine(getattr(packed, name)))
 
 
 def linear(
