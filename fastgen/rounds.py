@@ -271,7 +271,7 @@ class Rounds:
         As in `fastgen.graphs`, a step does nothing but decode: what moves the rows on is done once, for all steps.
         """
         rows, keys, steps = self.rows, self._keys(bound), []
-        ahead = torch.arange(1, self.burst + 1, device=rows.positions.device)[:, None]
+        ahead = self._positions[1 : self.burst + 1, None]
         places = (rows.positions + ahead).clamp(max=rows.text.shape[1] - SPARE)
         decode_one = self._decode_one
         if self._choose and not needs_no_logits(self.model, options, logprobs=logprobs):
