@@ -45,7 +45,7 @@ class Record:
     read_limit_gb_per_second: float
     share_of_limit: float
     peak_memory_bytes: int | None  # while the row was measured; None for other systems
-    all_reduce_us: float | None  # alone, as a step makes two a layer; None for one rank
+    all_reduce_us: float | None  # alone, as a layer needs two; None for one rank
     device: str
     versions: dict[str, str | None]
     commit: str | None

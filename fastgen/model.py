@@ -44,7 +44,11 @@ class Stages(Protocol):
 
 
 class PartialStages(Stages, Protocol):
-    """Stages that one of several ranks can compute its part with."""
+    """Stages that one of several ranks can compute its part with.
+
+    They may have two more: `covers` says whether all of them run as kernels, and `linear_sum_add` adds up over linked
+    ranks by itself, see `fastgen.kernels.fused`.
+    """
 
     embed_part: Callable[..., Tensor]
     partial_linear: Callable[..., Tensor]

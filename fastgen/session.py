@@ -185,7 +185,7 @@ def _model_facts(model: LoadedModel) -> dict[str, object]:
         "format": model.format,
         "dtype": str(model.placement.dtype),
         "kernels": model.transformer.stages.attend.__module__,
-        "rank": [model.ranks.rank, model.ranks.world],
+        "rank": [model.ranks.rank, model.ranks.world, model.ranks.linked],
     }
 
 

@@ -166,8 +166,8 @@ def step_seconds(model: LoadedModel, *, filled: int, tokens: int) -> float:
 
 @torch.inference_mode()
 def sum_us(model: LoadedModel, tokens: int) -> float:
-    """Return the microseconds of a sum over the ranks as a step of `tokens` tokens makes two a layer, each in need of
-    the one before; all ranks call it together."""
+    """Return the microseconds of a sum over the ranks as a layer of a step of `tokens` tokens needs two, each in need
+    of the one before and by itself, apart from products; all ranks call it together."""
     part = torch.zeros(tokens, 1, model.config.dim, device=model.placement.device)
 
     def chain() -> Tensor:

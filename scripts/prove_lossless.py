@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def key(record: dict[str, Any]) -> tuple[object, ...]:
     """Return what tells a cell from others."""
-    names = ("target", "quant", "draft", "drafts", "compiled", "texts", "dtype", "kernels")
-    return tuple(record[name] for name in names)
+    names = ("target", "quant", "draft", "drafts", "compiled", "texts", "dtype")
+    return *(record[name] for name in names), record.get("kernels", "auto")
 
 
 def measure(config: argparse.Namespace, done: set[tuple[object, ...]]) -> Iterator[dict[str, Any]]:

@@ -103,9 +103,9 @@ def test_every_fact_makes_another_key(tmp_path: Path, monkeypatch: pytest.Monkey
     add("dtype", Engine(random_model(dtype="bf16")))
     monkeypatch.undo()
 
-    for rank, world in ((0, 2), (1, 2)):
-        ranks = SimpleNamespace(rank=rank, world=world)
-        add(f"rank {rank} of {world}", Engine(dataclasses.replace(random_model(), ranks=ranks)))  # type: ignore[arg-type]
+    for rank, linked in ((0, False), (1, False), (1, True)):
+        ranks = SimpleNamespace(rank=rank, world=2, linked=linked)
+        add(f"rank {rank} of 2, linked: {linked}", Engine(dataclasses.replace(random_model(), ranks=ranks)))  # type: ignore[arg-type]
 
     kernels = random_model()
 

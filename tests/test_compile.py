@@ -17,6 +17,9 @@ from fastgen.naive import generate_naively
 from fastgen.options import GenerationOptions, SamplingOptions
 from tests.models import random_model
 from tests.test_engine import text_of
+from tp.dist import Ranks
+from tp.place import Place
+from tp.plan import make_plan
 
 FAMILIES = {
     "llama": {},
@@ -131,6 +134,9 @@ def test_gpus_that_the_kernels_are_not_made_for_take_the_reference(
     monkeypatch.setattr("fastgen.kernels.fused.prepare", chosen.append)
     use_kernels(on_gpu, "auto", compile=True)
     assert on_gpu.transformer.stages.__name__ == f"fastgen.kernels.{name}" and bool(chosen) is (name == "fused")
+    part = replace(on_gpu, plan=make_plan(model.config, {}, 2, 0), ranks=Ranks(Place(0, 2, 0)))
+    use_kernels(part, "auto", compile=True)
+    assert part.transformer.stages.rotations.__module__ == f"fastgen.kernels.{name}", "several ranks take the same"
     if name == "reference":
         with pytest.raises(UsageError, match="only in bf16 or fp16 on NVIDIA GPUs from sm_80"):
             use_kernels(on_gpu, "fused", compile=True)

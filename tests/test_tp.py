@@ -1,9 +1,11 @@
 """A model in parts computes what it computes whole: ranks as threads here, as processes in test_tp_processes.py."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fastgen.engine import Engine
 from fastgen.errors import RankLostError
@@ -132,3 +134,33 @@ def test_a_share_is_covered_by_kernels_where_those_of_all_ranks_are() -> None:
         return [covered_by_kernels(mine.transformer, batch) for batch in (1, 2)]
 
     assert on_ranks(2, covered) == [[True, False]] * 2
+
+
+def test_products_of_linked_ranks_add_up_over_the_ranks_themselves() -> None:
+    model = whole(CASES["fp32"])
+
+    class Posting:
+        """The reference's stages, and one that sums by itself and counts how often it did."""
+
+        def __init__(self) -> None:
+            self.posted = 0
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(reference, name)
+
+        def linear_sum_add(self, x: Tensor, linear: nn.Module, to: Tensor, sum_add: Callable[..., Tensor]) -> Tensor:
+            self.posted += 1
+            return sum_add(reference.partial_linear(x, linear), to)
+
+    def count(ranks: Ranks) -> list[int]:
+        mine, counts = part(model, ranks), []
+        expected = logits(mine)
+        for linked in (False, True):
+            ranks.linked, stages = linked, Posting()
+            mine.transformer.stages = ShardedStages(stages, mine.plan, ranks)
+            assert torch.equal(logits(mine), expected)
+            counts.append(stages.posted)
+        return counts
+
+    layers = model.config.n_layers
+    assert all(none == 0 and some > 0 and some % (2 * layers) == 0 for none, some in on_ranks(2, count))

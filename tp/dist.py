@@ -4,8 +4,9 @@
     total = ranks.sum(partial)
 
 Without torchrun there is one rank, and nothing is joined. Collectives are custom ops, so that compiled steps hold them;
-on a CPU they go through gloo, on GPUs through NCCL or, where they are small, `fastgen.kernels.exchange`. Every rank
-gets the same bits: gloo and NCCL form each sum in one place.
+on a CPU they go through gloo, on GPUs through NCCL or, where they are small, `fastgen.kernels.exchange`, which products
+of linked ranks also use by themselves (`fastgen.kernels.linear_sum`). Every rank gets the same bits: gloo and NCCL form
+each sum in one place.
 """
 
 import atexit

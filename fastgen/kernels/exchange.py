@@ -1,4 +1,4 @@
-"""Small sums and gatherings over the GPUs of one host, in one kernel each: what a decode step does after every block.
+"""Small sums and gatherings over the GPUs of one host: what a decode step does after attention and after an MLP.
 
 A rank writes its numbers straight into the memory of every rank (symmetric memory, over NVLink), each as a word of 64
 bits: the number, and above it how many calls there were. Who waits for a number reads its own memory until the word
@@ -7,14 +7,16 @@ of one write. NCCL's protocol LL works so (https://arxiv.org/abs/2507.04786, sec
 
 - Sums are of fp32, in one order, so all ranks get the same bits; the residual is added to them, and rounded once.
 - Calls alternate between two halves of the memory. A rank is in call c + 2 only when all have written in call c + 1,
-  and so have read what came in call c.
+  and so have read what came in call c: whoever writes, a product or the kernel here, does so behind its own wait, when
+  the receiver of the call before has ended.
 - Calls are counted in the GPU's memory, one count a program: a CUDA graph replays, and programs do not wait for each
   other. Every rank makes the same calls in the same order, and a program's numbers lie at the same place in all.
 - Under programmatic dependent launch the next kernel copies its first weights while this one waits for NVLink. What it
   sends comes from the kernel ahead: everything follows the wait.
 - A product sends its rows itself, from its epilogue (`fastgen.kernels.linear_sum`); the kernel here then only receives.
   It needs nothing of the product's but what arrives: it starts when all of the product's programs are past their own
-  wait, so what was written before the product is there, and it waits for the product's end only at its own.
+  wait, so what was written before the product is there, in L2 (L1 may hold what was there before: `.cg`). It waits for
+  the product's end at its own, so that who waits for a receiver waits for all that is ahead of it. All rests on that.
 - It never uses NVLink multicast.
 
 Why receiving is a launch of its own. A product's programs that waited for NVLink would hold their shared memory
@@ -33,8 +35,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastgen.kernels import launch
@@ -44,7 +44,6 @@ CAPACITY = 1 << 18
 
 TILE = 256  # numbers of a program
 WARPS = 4
-_CAPACITY, _TILE = gl.constexpr(CAPACITY), gl.constexpr(TILE)
 
 
 class Exchange:
@@ -177,27 +176,3 @@ def receive(
         tl.store(out + at, total.to(out.dtype.element_ty), mask=at < n)
     else:
         tl.store(out + rank[:, None] * n + at[None, :], number, mask=here)
-
-
-@gluon.jit
-def addresses(boxes, WORLD: gl.constexpr):
-    """Return the addresses of the ranks' boxes, constants that may be read before the wait."""
-    theirs = ()
-    for r in gl.static_range(WORLD):
-        theirs += (gl.load(boxes + r),)
-    return theirs
-
-
-@gluon.jit
-def coming_call(calls, at, here):
-    """Return the number of the sum that comes next, for numbers [..] at these places."""
-    return gl.load(calls + at // _TILE, mask=here, other=0) + 1
-
-
-@gluon.jit
-def post(y, call, at, here, rank, theirs):
-    """Write y [..] fp32, where `here`, into every rank's box as `send` does, for `Exchange.receive`."""
-    word = (call.to(gl.int64) << 32) | (y.to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF)
-    slot = ((call & 1) * len(theirs) + rank) * _CAPACITY + at
-    for r in gl.static_range(len(theirs)):
-        gl.store(theirs[r].to(gl.pointer_type(gl.int64)) + slot, word, mask=here, cache_modifier=".wt")

@@ -102,24 +102,23 @@ def linear_add(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
 
 
 def partial_linear(x: Tensor, linear: nn.Module) -> Tensor:
-    """See `reference.partial_linear`."""
+    """See `reference.partial_linear`; of so few tokens that kernels may take them always in fp32, for another rank's
+    part may have widths that they do take."""
     if isinstance(linear, nn.Linear) and _streams(x, linear.weight):
         return _linear_add.partial_linear(x, linear.weight, linear.bias)
     if isinstance(linear, PackedLinear) and _fits(x, x):
         return _packed_linear(x, None, linear, wide=True)
-    return reference.partial_linear(x, linear)
+    part = reference.partial_linear(x, linear)
+    return part.float() if _narrow(x) and x.numel() // x.shape[-1] <= launch.MAX_TOKENS else part
 
 
 def linear_sum_add(x: Tensor, linear: nn.Module, residual: Tensor, sum_add: Callable[..., Tensor]) -> Tensor:
     """Return the residual plus the sum of linear(x) over the ranks, which `exchange` must link; other than by kernels
     it is sum_add(part, residual)."""
-    fits = residual.numel() <= CAPACITY
-    if isinstance(linear, nn.Linear) and fits and _streams(x, linear.weight):
+    if isinstance(linear, nn.Linear) and _streams(x, linear.weight) and residual.numel() <= CAPACITY:
         return _linear_sum.linear_sum_add(x, linear.weight, linear.bias, residual)
-    if isinstance(linear, PackedLinear) and fits and _fits(x, x):
-        words, scales = linear.words, linear.scales
-        if _packed.is_one_launch(x, words, scales):
-            return _linear_sum.packed_sum_add(x, words, scales, linear.bias, residual)
+    if isinstance(linear, PackedLinear) and _fits(x, x) and residual.numel() <= CAPACITY:
+        return _linear_sum.packed_sum_add(x, linear.words, linear.scales, linear.bias, residual)
     return sum_add(partial_linear(x, linear), residual)
 
 

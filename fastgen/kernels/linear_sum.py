@@ -12,9 +12,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels import launch
-from fastgen.kernels.exchange import Exchange, addresses, coming_call, exchange, post
-from fastgen.kernels.packed_linear import biased_rows, launch_packed
+from fastgen.kernels.exchange import Exchange, exchange
+from fastgen.kernels.packed_linear import biased_rows, is_one_launch, launch_packed, packed_linear
 from fastgen.kernels.packed_product import stream_packed
+from fastgen.kernels.post import addresses, coming_call, post
 from fastgen.kernels.product import biased, stream_product
 
 
@@ -22,7 +23,8 @@ from fastgen.kernels.product import biased, stream_product
 def linear_sum_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """Return [.., N] for this rank's x [.., K], weight [N, K], bias [N], and the residual [.., N] that all have.
 
-    All ranks of `exchange` call it together; a residual has at most `exchange.CAPACITY` numbers.
+    x, weight and bias are all fp16 or all bf16; the result has the residual's dtype. All ranks of `exchange` call it
+    together; a residual has at most `exchange.CAPACITY` numbers.
     """
     shared, out = _linked(x.device), _empty(residual)
     n, width = weight.shape
@@ -44,10 +46,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tenso
 @torch.library.custom_op("fastgen::packed_sum_add", mutates_args=())
 def packed_sum_add(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """Return the same as `linear_sum_add` of int4 or int8 weights that `fastgen.kernels.packed` holds."""
-    shared, out = _linked(x.device), _empty(residual)
+    shared, out, n = _linked(x.device), _empty(residual), residual.shape[-1]
+    if not is_one_launch(x, words, scales):  # the numbers of the second would go where those of the first belong
+        return shared.sum(packed_linear(x, None, 0.0, words, scales, bias, None, n, True), residual)
     launch_packed(
-        packed_post_kernel, x, None, 0.0, words, scales, residual.shape[-1], bias=bias,
-        constants={"boxes": shared.boxes, "calls": shared.calls, "rank": shared.rank, "WORLD": shared.world},
+        packed_post_kernel, x, None, 0.0, words, scales, n, bias=bias,
+        more={"boxes": shared.boxes, "calls": shared.calls, "rank": shared.rank, "WORLD": shared.world},
     )  # fmt: skip
     shared.receive(residual, out)
     return out

@@ -121,19 +121,19 @@ def _(x: Tensor, norm: Tensor, eps: float, words: Tensor, scales: Tensor, bias: 
 
 def launch_packed(
     kernel: Any, x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor, n: int,
-    *, bias: Tensor | None, constants: Mapping[str, Any] = MappingProxyType({}), **of_tokens: Tensor | None,
+    *, bias: Tensor | None, more: Mapping[str, Any] = MappingProxyType({}), **of_tokens: Tensor | None,
 ) -> None:  # fmt: skip
-    """Launch a kernel of `stream_packed`, and before it what several tokens need; `of_tokens` have a row a token.
+    """Launch a kernel of `stream_packed`, and before it what several tokens need.
 
-    Only without `constants`, which the kernel gets as they are, may it become two launches, each of some tokens.
+    `of_tokens` have a row a token; a kernel that gets `more` is launched where `is_one_launch` alone.
     """
     width, form = x.shape[-1], form_of(words, scales)
     tiles, units = words.shape[:2]
     tokens, processors = x.numel() // width, launch.processors(x.device)
     x = x.reshape(tokens, width).contiguous()
-    sets, shape, slots, kept = choose(form, width, tokens, launch.shared_memory(x.device), tiles / processors)
+    sets, shape, slots, kept = _chosen(x, words, scales)
     if slots < 2 and sets == 2:  # on a GPU of little shared memory
-        assert not constants, "whoever asks for one launch has asked `is_one_launch`"
+        assert not more, "who has more to give has asked `is_one_launch`"
         for part in (slice(0, 8), slice(8, tokens)):
             parts: dict[str, Any] = {
                 name: None if all_ is None else all_.view(tokens, -1)[part] for name, all_ in of_tokens.items()
@@ -155,7 +155,7 @@ def launch_packed(
         )  # fmt: skip
     grid = (min(tiles, shape.per_processor * processors),)
     kernel[grid](
-        given, norm, factors, words, scales, tokens, n, tiles, 4 * words.shape[2], eps, bias=bias, **constants,
+        given, norm, factors, words, scales, tokens, n, tiles, 4 * words.shape[2], eps, bias=bias, **more,
         **of_tokens, WIDTH=width, PLANES=form.planes, GROUPS=form.groups, ZEROS=form.zeros, SETS=sets, R=shape.tiles,
         STAGES=slots, KEPT=kept, DTYPE=DTYPES[x.dtype], PDL=bool(options), num_warps=WARPS.value,
         maxnreg=shape.registers, **options,
@@ -164,10 +164,14 @@ def launch_packed(
 
 def is_one_launch(x: Tensor, words: Tensor, scales: Tensor) -> bool:
     """Whether weights and all tokens of x are multiplied in one launch, not two on a GPU of little shared memory."""
-    tokens, processors = x.numel() // x.shape[-1], launch.processors(x.device)
+    sets, _, slots, _ = _chosen(x, words, scales)
+    return slots >= 2 or sets < 2
+
+
+def _chosen(x: Tensor, words: Tensor, scales: Tensor) -> Choice:
+    width, processors = x.shape[-1], launch.processors(x.device)
     form, memory = form_of(words, scales), launch.shared_memory(x.device)
-    chosen = choose(form, x.shape[-1], tokens, memory, words.shape[0] / processors)
-    return chosen.slots >= 2 or chosen.sets < 2
+    return choose(form, width, x.numel() // width, memory, words.shape[0] / processors)
 
 
 def choose(form: Form, width: int, tokens: int, memory: int, tiles_each: float) -> Choice:

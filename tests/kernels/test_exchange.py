@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels import exchange
 from fastgen.kernels.exchange import exchange_kernel, receive, send
 from tests.kernels.support import TARGETS, compile_ahead, compiled_ahead, in_interpreter
 
@@ -112,7 +113,12 @@ def test_who_only_receives_waits_for_the_kernel_ahead_last(capability: int, pdl:
     arguments = {"residual": "*bf16", "out": "*bf16", "boxes": "*i64", "calls": "*i32", "n": "i32", "rank": "i32"}
     lines = compile_ahead(exchange_kernel, capability, arguments, constants).asm["ttgir"].splitlines()
     waits = [at for at, line in enumerate(lines) if "griddepcontrol.wait" in line]
-    assert len(waits) == pdl
+    loads = [line for line in lines if "tt.load" in line]
+    fresh = [line for line in loads if "cacheModifier = cg" in line]
+    assert len(waits) == pdl and sum("griddepcontrol.launch_dependents" in line for line in lines) == pdl
+    assert len(fresh) == 2, "the calls' number and the residual are read from L2"
+    others = [line for line in loads if line not in fresh and "isVolatile" not in line]
+    assert len(others) == 1, "but for this rank's box, a constant"
     assert not [line for at in waits for line in lines[at:] if "tt.load" in line or "tt.store" in line]
 
 
@@ -132,3 +138,29 @@ def test_compiles_without_a_gpu(is_sum: bool, capability: int, pdl: bool) -> Non
         wait = next(at for at, line in enumerate(lines) if "griddepcontrol.wait" in line)
         early = [line for line in lines[:wait] if "tt.load" in line]
         assert len(early) == 2, "only the boxes' addresses may be read before the kernel ahead is done"
+
+
+class Recorder:
+    """Stands in for the kernel, and keeps what it is launched with."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> "Recorder":
+        self.grid = grid
+        return self
+
+    def __call__(self, *given: object, **options: object) -> None:
+        self.given, self.options = given, options
+
+
+def test_who_receives_launches_no_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Recorder()
+    monkeypatch.setattr(exchange, "exchange_kernel", kernel)
+    shared = exchange.Exchange.__new__(exchange.Exchange)
+    shared.world, shared.rank, shared.boxes, shared.calls = 3, 2, torch.zeros(3), torch.zeros(4)
+    residual, out = torch.randn(300, 2).T, torch.empty(2, 300)
+    shared.receive(residual, out)
+    x, given, filled, boxes, calls, n, rank = kernel.given
+    assert x is None and filled is out and boxes is shared.boxes and calls is shared.calls and (n, rank) == (600, 2)
+    assert given.is_contiguous() and torch.equal(given, residual)
+    assert kernel.grid == (3,) and kernel.options["SUM"] and kernel.options["WORLD"] == 3
+    shared.gather(torch.arange(5))
+    assert kernel.grid == (1,) and kernel.given[5] == 10 and not kernel.options["SUM"], "words of 4 bytes"
