@@ -35,7 +35,7 @@ from fastgen.steps import (
     decode_one_token,
     most_bytes,
     whole_lanes,
-)  # fmt: skip
+)
 
 WIDTHS = (1, 2, 4, 8, MOST_DRAFTS + 1)
 """Tokens that the target takes at once."""

@@ -23,9 +23,11 @@ from torch import Tensor
 from fastgen.device import describe
 from fastgen.kernels.exchange import Exchange, exchange
 from fastgen.kernels.linear_add import linear_add, partial_linear
-from fastgen.kernels.linear_sum import linear_sum_add
+from fastgen.kernels.linear_sum import linear_sum_add, packed_sum_add
 from fastgen.kernels.norm_swiglu import norm_swiglu
+from fastgen.kernels.packed import pack_int8
 from fastgen.report import versions
+from quantize import int8
 from tp.dist import Ranks, join
 
 SIZES = [(1, 4096), (1, 8192), (4, 4096), (4, 8192), (16, 8192)]  # tokens, width
@@ -149,33 +151,48 @@ def check_replays(shared: Exchange, ranks: Ranks, device: torch.device) -> None:
 
 
 def check_products(ranks: Ranks, device: torch.device) -> None:
-    """Compare products that send their rows with fp64, and the ranks with each other, alone and in replayed graphs."""
-    own, common = torch.Generator(device).manual_seed(ranks.rank), torch.Generator(device).manual_seed(1000)
+    """Check products that send their rows, of plain and of packed weights, against fp64, and the ranks with each other.
+
+    Raises `AssertionError` for the first that is wrong.
+    """
+    own = torch.Generator(device).manual_seed(ranks.rank)
     weight = torch.randn(4096, 2752, device=device, generator=own).bfloat16() / 64
+    check_product(lambda x, residual: linear_sum_add(x, weight, None, residual), weight.double(), ranks, "bf16")
+    q, scale = int8.quantize(weight.float(), torch.bfloat16)
+    exact, packed = q.double() * scale.double().view(-1, 1), pack_int8(q, scale, None)
+    check_product(
+        lambda x, residual: packed_sum_add(x, packed.words, packed.scales, None, residual), exact, ranks, "int8"
+    )
+
+
+def check_product(product: Callable[[Tensor, Tensor], Tensor], weight: Tensor, ranks: Ranks, name: str) -> None:
+    """Compare residual + the ranks' x @ weight.T with fp64 and the ranks with each other, alone and in graphs."""
+    device, (rows, width) = weight.device, weight.shape
+    own, common = torch.Generator(device).manual_seed(ranks.rank), torch.Generator(device).manual_seed(1000)
     for tokens in (1, 5, 16):
-        x = torch.randn(tokens, 2752, device=device, generator=own).bfloat16()
-        residual = torch.randn(tokens, 4096, device=device, generator=common).bfloat16()
-        exact = x.double() @ weight.double().T
+        x = torch.randn(tokens, width, device=device, generator=own).bfloat16()
+        residual = torch.randn(tokens, rows, device=device, generator=common).bfloat16()
+        exact = x.double() @ weight.T
         dist.all_reduce(exact)
         exact += residual
+        found = product(x, residual)
+        assert ((found.double() - exact).abs() <= 2**-8 * exact.abs().clamp(min=1)).all(), f"{name}, {tokens} tokens"
+        copies = [torch.empty_like(found) for _ in range(ranks.world)]
+        dist.all_gather(copies, found)
+        assert all(torch.equal(copy, found) for copy in copies), f"ranks differ: {name}, {tokens} tokens"
 
         def chain(x: Tensor = x, residual: Tensor = residual) -> Tensor:
             for _ in range(CHAIN):  # every second one has the first one's result
-                other = linear_sum_add(x, weight, None, residual)
-                found = linear_sum_add(x + 0 * other[:, :2752], weight, None, residual)
-            return found
+                other = product(x, residual)
+                last = product(x + 0 * other[:, :width], residual)
+            return last
 
-        found = linear_sum_add(x, weight, None, residual)
-        assert ((found.double() - exact).abs() <= 2**-8 * exact.abs().clamp(min=1)).all(), f"product of {tokens} tokens"
         graph, out = captured(chain)
         for replay in range(200):
             graph.replay()
             if replay % 10 == ranks.rank:
                 torch.cuda.synchronize()
-        copies = [torch.empty_like(found) for _ in range(ranks.world)]
-        dist.all_gather(copies, found)
-        assert all(torch.equal(copy, found) for copy in copies), f"ranks differ in a product of {tokens} tokens"
-        assert torch.equal(out, found), f"a product of {tokens} tokens differs in a graph"
+        assert torch.equal(out, found), f"a graph differs: {name}, {tokens} tokens"
 
 
 def captured(work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

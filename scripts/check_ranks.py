@@ -1,4 +1,4 @@
-"""Tensor parallelism, checked against one device: logits, greedy texts, speculated and batched ones.
+"""Tensor parallelism, checked against one device: logits, greedy texts, speculated and batched ones, and both.
 
     python -m torch.distributed.run --nproc-per-node 4 scripts/check_ranks.py --output FILE
     python -m torch.distributed.run --nproc-per-node 2 scripts/check_ranks.py --device cpu --kernels reference
@@ -109,7 +109,13 @@ def check(name: str, ranks: Ranks, device: str | None, kernels: str) -> Finding:
     sampled = GenerationOptions(
         max_new_tokens=24, ignore_eos=True, sampling=SamplingOptions(temperature=0.8, top_k=40, top_p=0.95)
     )
-    texts = engine(together, batch=3).generate([PROMPT] * 3, sampled)  # ranks that differ raise
+    drafting = SpeculativeEngine(  # 3 x 8 tokens: more than kernels take, so torch.compile has the step
+        together, Speculation(draft=draft, count=7), batch=3, max_seq_len=256, compile=on_gpu(together)
+    )
+    texts = [  # ranks that differ raise
+        *engine(together, batch=3).generate([PROMPT] * 3, sampled),
+        *drafting.generate([PROMPT] * 3, sampled),
+    ]
 
     text = [*answer.prompt_tokens, *answer.tokens]
     wanted, own, found = (logits(model, text) for model in (exact, alone, together))
