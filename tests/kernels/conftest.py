@@ -26,7 +26,7 @@ PACKED = {
     "packed_linear_kernel": ("x", "residual", "factors"), "packed_best_kernel": ("x", "factors"),
     "prepare_kernel": ("x",), "pick_token_kernel": ("best", "ids"),
 }  # fmt: skip
-"""What of a kernel's arguments the kernel ahead of it may have written."""
+"""The same of the kernels in `packed_linear`, by their names."""
 
 TYPES = {"best": "*fp32", "ids": "*i32", "claims": "*i32", "boxes": "*i64", "calls": "*i32", "eps": "fp32"}
 TYPES |= dict.fromkeys(("tokens", "n", "own", "tiles", "rank"), "i32")
