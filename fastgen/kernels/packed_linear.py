@@ -1,5 +1,5 @@
 """The stages whose linear has int4 or int8 weights, for up to 16 tokens in one launch each; several tokens take one
-more, which prepares them.
+more, which prepares them, and widths that 128 does not divide are padded before.
 
 `packed_linear` is norm_linear, linear_add and head: y = W rms_norm(x) + b + r, each part optional. `packed_swiglu` is
 norm_swiglu and `packed_greedy_head` the head with its argmax. How: `fastgen.kernels.packed_product`; what `words` and

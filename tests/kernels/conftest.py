@@ -24,6 +24,7 @@ KERNELS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
 
 PACKED = {
     "packed_linear_kernel": ("x", "residual", "factors"), "packed_best_kernel": ("x", "factors"),
+    "packed_swiglu_kernel": ("x", "factors"),
     "prepare_kernel": ("x",), "pick_token_kernel": ("best", "ids"),
 }  # fmt: skip
 """The same of the kernels in `packed_linear`, by their names."""

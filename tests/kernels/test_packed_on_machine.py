@@ -61,6 +61,63 @@ def test_on_the_machine_packed_weights_give_the_same_bits_for_any_tokens(
     assert torch.equal(run(1), together[:, :1])
 
 
+@pytest.fixture
+def small_and_old(packed_on_machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of sm_80 whose programs have 99 KiB, where 9 tokens and more take two launches."""
+    monkeypatch.setattr(launch, "dependent_launch", lambda device: {})
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 99)
+
+
+@compiled_ahead
+@pytest.mark.usefixtures("small_and_old")
+@pytest.mark.parametrize(
+    ("out", "width", "form", "dtype"), [(17, 136, "int8", torch.float16), (50, 1216, "g64 zeros", torch.bfloat16)]
+)
+def test_on_the_machine_two_launches_give_the_bits_of_each_token_alone(
+    out: int, width: int, form: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(1)
+    weight, exact_weight = linear(out, width, form, dtype)
+    x, residual = torch.randn(1, 16, width).to(dtype), torch.randn(1, 16, out).to(dtype)
+    norm = support.norm(width, dtype=dtype, device="cpu")
+    assert not packed_linear.is_one_launch(x, weight.words, weight.scales) and weight.bias is not None
+
+    def run(first: int, last: int) -> torch.Tensor:
+        arguments = (weight.words, weight.scales, weight.bias, residual[:, first:last], out, False)
+        return packed_linear.packed_linear(x[:, first:last], norm.weight, 1e-5, *arguments)
+
+    wide = torch.nn.functional.rms_norm(x.double(), (width,), norm.weight.double(), 1e-5)
+    exact = wide @ exact_weight.T + weight.bias.double() + residual.double()
+    together = run(0, 16)
+    support.assert_as_good_as(together, exact.to(dtype), exact, f"{form}, against one rounding")
+    for token in (0, 7, 8, 15):
+        assert torch.equal(run(token, token + 1), together[:, token : token + 1])
+
+
+@compiled_ahead
+@pytest.mark.usefixtures("packed_on_machine")
+@pytest.mark.parametrize(
+    ("out", "width", "form", "dtype"), [(48, 96, "g32 zeros", torch.float16), (80, 384, "int8", torch.bfloat16)]
+)
+def test_on_the_machine_gate_and_up_meet_with_the_same_bits_for_any_tokens(
+    out: int, width: int, form: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(1)
+    weight, exact_weight = linear(out, width, form, dtype)
+    x, norm = torch.randn(1, 9, width).to(dtype), support.norm(width, dtype=dtype, device="cpu")
+    assert weight.bias is not None
+
+    def run(tokens: int) -> torch.Tensor:
+        arguments = (weight.words, weight.scales, weight.bias, out)
+        return packed_linear.packed_swiglu(x[:, :tokens], norm.weight, 1e-5, *arguments)
+
+    wide = torch.nn.functional.rms_norm(x.double(), (width,), norm.weight.double(), 1e-5)
+    gate, up = (wide @ exact_weight.T + weight.bias.double()).chunk(2, -1)
+    exact, together = torch.nn.functional.silu(gate) * up, run(9)
+    support.assert_as_good_as(together, exact.to(dtype), exact, f"{form}, against one rounding")
+    assert torch.equal(run(1), together[:, :1])
+
+
 @compiled_ahead
 @pytest.mark.usefixtures("packed_on_machine")
 @pytest.mark.parametrize("tokens", [1, 2])
