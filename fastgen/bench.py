@@ -228,10 +228,12 @@ def _stages_of(config: BenchConfig, model: "LoadedModel", limit: float) -> Itera
 
 
 def _trace_of(config: BenchConfig, model: "LoadedModel", limit: float) -> Iterator[dict[str, object]]:
-    """Yield the kernels of a model's step."""
+    """Yield the kernels of a model's steps of one token and of several."""
     from fastgen.step_trace import trace_step
 
-    yield {"trace": trace_step(model, filled=_filled(config))}
+    filled = _filled(config)
+    yield {"trace": trace_step(model, filled=filled)}
+    yield {"traces": {tokens: trace_step(model, filled=filled, tokens=tokens) for tokens in (2, 8, 16)}}
 
 
 def _filled(config: BenchConfig) -> int:

@@ -181,7 +181,8 @@ class SpeculativeEngine(Engine):
         the next while the host has nothing to read: neither costs what those that follow do."""
         rehearsal = self.pace = Rehearsal(arm)
         rows = self._idle_rows(self._smallest, options)
-        self._drafted = self._smallest
+        self._start(rows, options)
+        self._drafted, self._behind = self._smallest, False
         try:
             for _ in self._decode(rows, Choice(rows.token, None), self._smallest, options):
                 if len(rehearsal.seconds) >= (REHEARSED if self.device.type == "cuda" else 1):
@@ -217,6 +218,11 @@ class SpeculativeEngine(Engine):
         self._calibrate(options)
         rows, first = super()._begin(prompts, options, samples)
         rows.text.scatter_(1, rows.positions[:, None], first.token[:, None])
+        self._start(rows, options)
+        self._behind = True
+        self._show_draft(self._missed(max(map(len, prompts))))  # as the target was, before the first token is there
+        synchronize(self.device)
+        self.timings.prefilled = time.perf_counter()
         return rows, first
 
     def _reusable(self, prompts: Sequence[Sequence[int]]) -> int:
@@ -227,9 +233,6 @@ class SpeculativeEngine(Engine):
     def _decode(self, rows: Rows, first: Choice, filled: int, options: GenerationOptions) -> Iterator[StepTokens]:
         assert self.pace, "there is a pace once there are rounds"
         places = rows.positions.tolist()  # of the last token of each row that the host knows
-        self._start(rows, options)
-        self._behind = True
-        self._show_draft(self._missed(filled))
         self.pace.begin()
         self.tally = Tally()
         tokens = first.token.tolist()

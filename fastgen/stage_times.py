@@ -180,10 +180,11 @@ def sum_us(model: LoadedModel, tokens: int) -> float:
 
 
 @torch.inference_mode()
-def capture_step(model: LoadedModel, *, filled: int) -> torch.cuda.CUDAGraph:
-    """Return the graph of a greedy step of one token behind `filled` on CUDA; the graph before its instance is kept."""
-    model.transformer.allocate_cache(1, filled + 1)
-    return _capture(_step(model, filled, 1), keep_graph=True)
+def capture_step(model: LoadedModel, *, filled: int, tokens: int) -> torch.cuda.CUDAGraph:
+    """Return the graph of a greedy step of so many tokens behind `filled` on CUDA; the graph before its instance is
+    kept."""
+    model.transformer.allocate_cache(1, filled + tokens)
+    return _capture(_step(model, filled, tokens), keep_graph=True)
 
 
 def greedy_rows(device: torch.device) -> Rows:

@@ -27,9 +27,10 @@ class Kernel(NamedTuple):
     end: float
 
 
-def trace_step(model: LoadedModel, *, filled: int) -> dict[str, object]:
-    """Return the kernels of one greedy step behind `filled` on CUDA: see `describe`, and the edges of its graph."""
-    graph = capture_step(model, filled=filled)
+def trace_step(model: LoadedModel, *, filled: int, tokens: int = 1) -> dict[str, object]:
+    """Return the kernels of one greedy step of `tokens` tokens behind `filled` on CUDA: see `describe`, and the edges
+    of its graph."""
+    graph = capture_step(model, filled=filled, tokens=tokens)
     edges = edge_types(graph.raw_cuda_graph())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(2):  # the first one finds the profiler starting

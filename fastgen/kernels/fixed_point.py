@@ -7,10 +7,11 @@ square): of normally distributed ones to about a fortieth of what bf16's roundin
 larger than all others together, 1,376 of them (K = 11,008) add up to a third of what bf16's rounding of the result
 does, over all rows; in rows that hardly weigh that one, to several times as much.
 
-One token's digits lie in shared memory, made by every program (`stage_token`); those of several are made before
-(`prepare_kernel`). Both serve as the columns of mma.m16n8k32: of one token, the digits are columns of one product;
-of several, each digit takes a product of its own, with eight tokens as columns. Because products and sums of
-integers are exact, nothing here has an order, and a token's bits do not depend on the others.
+The digits of one token, or of few narrow ones, lie in shared memory, made by every program (`stage_token`,
+`stage_tokens`); those of more are made by a kernel before it (`prepare_kernel`). All serve as the columns of
+mma.m16n8k32: of one token, the digits are columns of one product; of several, each digit takes a product of its own,
+with eight tokens as columns. Because products and sums of integers are exact, nothing here has an order, and a token's
+bits do not depend on the others.
 """
 
 from triton.experimental import gluon
@@ -28,6 +29,8 @@ from fastgen.kernels.fragments import (
     reduced,
     signed_half,
     statement,
+    store_float,
+    store_two,
     store_word,
     swapped,
     swapped_float,
@@ -64,12 +67,13 @@ def unit_of(i, lane, warp):
 
 
 @gluon.jit
-def load_row(x, UNITS: gl.constexpr):
-    """Return each warp's units of x [128 UNITS], eight values a lane in each of some pieces, zeros behind them."""
+def load_row(x, UNITS: gl.constexpr, here):
+    """Return each warp's units of x [128 UNITS], eight values a lane in each of some pieces, zeros behind them or where
+    not `here`."""
     lane, warp = lane_of(WARPS)
     row = ()
     for i in gl.static_range(pieces_of(UNITS)):
-        row += (load_piece(x, unit_of(i, lane, warp), lane, UNITS, True),)
+        row += (load_piece(x, unit_of(i, lane, warp), lane, UNITS, here),)
     return row
 
 
@@ -247,16 +251,22 @@ def leave_digits(
     eight, power, blocks, unit, token, lane, here, GROUPS: gl.constexpr, SETS: gl.constexpr
 ):  # fmt: skip
     """Store a lane's digits of a token and minus the sums of their groups where `prepare_kernel` leaves them."""
-    BLOCK: gl.constexpr = digit_bytes(GROUPS, SETS) // 4
     first, second, sums = digits_of(eight, power, lane, GROUPS)
-    block, place = blocks + unit * BLOCK, lane % 16
-    at = block + token // 8 * 512 + place // 8 * 128 + (token % 8 * 4 + place % 4) * 4 + place // 4 % 2 * 2
-    sums_at = block + SETS * 512 + (token // 8 * GROUPS + place * GROUPS // 16) * 16 + token % 8
+    at, sums_at = places_of(token, lane % 16, GROUPS, SETS)
+    block = blocks + unit * (digit_bytes(GROUPS, SETS) // 4)
     for d in gl.static_range(2):
-        gl.store(at + d * 256, first[d].to(gl.int32, bitcast=True), mask=here)
-        gl.store(at + d * 256 + 1, second[d].to(gl.int32, bitcast=True), mask=here)
+        gl.store(block + at + d * 256, first[d].to(gl.int32, bitcast=True), mask=here)
+        gl.store(block + at + d * 256 + 1, second[d].to(gl.int32, bitcast=True), mask=here)
         if GROUPS > 0:
-            gl.store(sums_at + d * 8, sums[d], mask=here)
+            gl.store(block + sums_at + d * 8, sums[d], mask=here)
+
+
+@gluon.jit
+def places_of(token, place, GROUPS: gl.constexpr, SETS: gl.constexpr):
+    """Return at which word of a unit's block (see `prepare_kernel`) a token's eight columns from 8 `place` on have the
+    first two words of their digits, and their group its first sum; the second digit's are 256 and 8 words behind."""
+    digits_at = token // 8 * 512 + place // 8 * 128 + (token % 8 * 4 + place % 4) * 4 + place // 4 % 2 * 2
+    return digits_at, SETS * 512 + (token // 8 * GROUPS + place * GROUPS // 16) * 16 + token % 8
 
 
 @gluon.jit
@@ -277,6 +287,35 @@ def stage_token(values, power, address, GROUPS: gl.constexpr):
             store_word(at, second[d].to(gl.int32, bitcast=True), d * 128 + 64)
             if GROUPS > 0:
                 store_word(block + place * GROUPS // 16 * 16, sums[d], 256 + d * 4)
+
+
+@gluon.jit
+def stage_tokens(
+    x, rows, gains, tokens, address, factors_at, squares_at, UNITS: gl.constexpr, GROUPS: gl.constexpr,
+    SETS: gl.constexpr, BF16: gl.constexpr,
+):  # fmt: skip
+    """Store the digits of several tokens x [tokens, 128 UNITS] as `prepare_kernel` leaves them, and their factors.
+
+    `rows` are the first tokens' rows: as many are on their way at any time. As of one token, a warp stores what only
+    its own lanes load.
+    """
+    lane, warp = lane_of(WARPS)
+    for token in range(tokens):
+        row, ahead = rows[0], token + len(rows)
+        rows = rows[1:] + (load_row(x + ahead * (UNITS * 128), UNITS, ahead < tokens),)
+        values = scaled(row, gains, BF16)
+        power, factor = power_of(reduced(peak_of(values), "max.u32"))
+        at, sums_at = places_of(token, lane % 16, GROUPS, SETS)
+        for i in gl.static_range(len(values)):
+            first, second, sums = digits_of(values[i], power, lane, GROUPS)
+            block = address + unit_of(i, lane, warp) * digit_bytes(GROUPS, SETS)
+            for d in gl.static_range(2):
+                store_two(block + at * 4, first[d], second[d], d * 1024)
+                if GROUPS > 0:
+                    store_word(block + sums_at * 4, sums[d], d * 32)
+        store_float(factors_at + (token * 32 + warp * 4 + lane * 0), factor, 0)
+        if gains is not None:
+            store_float(squares_at + (token * 32 + warp * 4 + lane * 0), sum_of_squares(row, BF16), 0)
 
 
 @gluon.jit

@@ -205,6 +205,15 @@ def store_word(address, value, OFFSET: gl.constexpr):
 
 
 @gluon.jit
+def store_two(address, first, second, OFFSET: gl.constexpr):
+    """Store two words in shared memory."""
+    gl.inline_asm_elementwise(
+        f"st.shared.v2.b32 [$1 + {OFFSET}], {{$2, $3}}; // $0", "=r,r,r,r", [address, first, second], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def load_global(address, here):
     """Return four words of global memory, past L1 (a kernel that ran before may have left old ones there), or zeros."""
     return gl.inline_asm_elementwise(

@@ -1,5 +1,5 @@
-"""The stages whose linear has int4 or int8 weights, for up to 16 tokens in one launch each; several tokens take one
-more, which prepares them, and widths that 128 does not divide are padded before.
+"""The stages whose linear has int4 or int8 weights, for up to 16 tokens in one launch each; where tokens are many or
+wide one more prepares them, and widths that 128 does not divide are padded before.
 
 `packed_linear` is norm_linear, linear_add and head: y = W rms_norm(x) + b + r, each part optional. `packed_swiglu` is
 norm_swiglu and `packed_greedy_head` the head with its argmax. How: `fastgen.kernels.packed_product`; what `words` and
@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels import launch
-from fastgen.kernels.fixed_point import WARPS, digit_bytes, prepare_kernel, preparing_warps
+from fastgen.kernels.fixed_point import WARPS, digit_bytes, pieces_of, prepare_kernel, preparing_warps
 from fastgen.kernels.head import pick_token_kernel
 from fastgen.kernels.packed import TILE, UNIT, Form, form_of
 from fastgen.kernels.packed_product import fixed_bytes, slot_bytes, stream_packed
@@ -48,12 +48,14 @@ class Choice(NamedTuple):
 
     Attributes:
         kept: whether x stays in shared memory.
+        staged: whether every program makes x's digits, else a launch before it does.
     """
 
     sets: int
     shape: Shape
     slots: int
     kept: bool
+    staged: bool
 
 
 SHAPES = {
@@ -61,6 +63,9 @@ SHAPES = {
     8: (Shape(2, 200, 1, 128), Shape(2, 220, 1, 128), Shape(2, 220, 1, 128)),
 }
 """By bits, for one token, for up to 8 and up to 16; from sweeps on an H200."""
+
+MOST_STAGED = 16
+"""Tokens times `pieces_of` their width for which every program makes the digits."""
 
 
 @torch.library.custom_op("fastgen::packed_linear", mutates_args=())
@@ -131,7 +136,7 @@ def launch_packed(
     tiles, units = words.shape[:2]
     tokens, processors = x.numel() // width, launch.processors(x.device)
     x = x.reshape(tokens, width).contiguous()
-    sets, shape, slots, kept = _chosen(x, words, scales)
+    sets, shape, slots, kept, staged = _chosen(x, words, scales)
     if slots < 2 and sets == 2:  # on a GPU of little shared memory
         assert not more, "who has more to give has asked `is_one_launch`"
         for part in (slice(0, 8), slice(8, tokens)):
@@ -145,7 +150,7 @@ def launch_packed(
         x = F.pad(x, (0, units * UNIT - width))
     options = launch.dependent_launch(x.device)
     given, factors = x, None
-    if sets:
+    if not staged:
         size = digit_bytes(form.groups, sets) // 4
         given = torch.empty(units * size, dtype=torch.int32, device=x.device)
         factors = torch.empty(2, 8 * sets, WARPS.value, dtype=torch.float32, device=x.device)
@@ -164,8 +169,8 @@ def launch_packed(
 
 def is_one_launch(x: Tensor, words: Tensor, scales: Tensor) -> bool:
     """Whether weights and all tokens of x are multiplied in one launch, not two on a GPU of little shared memory."""
-    sets, _, slots, _ = _chosen(x, words, scales)
-    return slots >= 2 or sets < 2
+    chosen = _chosen(x, words, scales)
+    return chosen.slots >= 2 or chosen.sets < 2
 
 
 def _chosen(x: Tensor, words: Tensor, scales: Tensor) -> Choice:
@@ -186,16 +191,22 @@ def choose(form: Form, width: int, tokens: int, memory: int, tiles_each: float) 
     alone, *several = SHAPES[4 * form.planes]
     slots = _ring_slots(form, width, 0, alone, memory, kept=True)
     if tokens == 1 and slots >= 3:
-        return Choice(0, alone, slots, kept=True)
+        return Choice(0, alone, slots, kept=True, staged=True)
     sets = triton.cdiv(tokens, 8)
     shape = several[sets - 1]
+    if tokens * pieces_of(triton.cdiv(width, UNIT)) <= MOST_STAGED:
+        whole = shape._replace(memory=memory)
+        slots = _ring_slots(form, width, sets, whole, memory, kept=True)
+        if slots >= 3:
+            return Choice(sets, whole, slots, kept=True, staged=True)
     while shape.tiles > 1 and _ring_slots(form, width, sets, shape, memory, kept=False) < 2:
         shape = shape._replace(tiles=shape.tiles // 2)
     if sets == 2 and tiles_each > 2 * shape.tiles:
         slots = _ring_slots(form, width, sets, shape._replace(memory=memory), memory, kept=True)
         if slots >= 3:
-            return Choice(sets, shape, slots, kept=True)
-    return Choice(sets, shape, _ring_slots(form, width, sets, shape, memory, kept=False), kept=False)
+            return Choice(sets, shape, slots, kept=True, staged=False)
+    slots = _ring_slots(form, width, sets, shape, memory, kept=False)
+    return Choice(sets, shape, slots, kept=False, staged=False)
 
 
 def _ring_slots(form: Form, width: int, sets: int, shape: Shape, memory: int, *, kept: bool) -> int:

@@ -30,10 +30,12 @@ from fastgen.kernels.fixed_point import (
     load_token,
     load_tokens,
     peak_of,
+    pieces_of,
     power_of,
     rms_scale,
     scaled,
     stage_token,
+    stage_tokens,
     sum_of_squares,
     token_places,
 )
@@ -60,6 +62,9 @@ from fastgen.kernels.packed_units import add_unit, alone, load_unit, tail_bytes,
 BEFORE_WAIT = gl.constexpr(32 << 10)
 """Bytes that a program with one token's x asks for before it waits, about; the rest, behind x, shall not delay that."""
 
+PIECES_AHEAD = gl.constexpr(8)
+"""What of several tokens' x is on its way while a program makes their digits: pieces of a warp, of whole rows."""
+
 UNROLLED = gl.constexpr(2)
 """The most turns in a row; a program that has few tiles runs its code once, at the pace of the instruction cache."""
 
@@ -80,9 +85,7 @@ def slot_bytes(planes, groups, zeros, sets, tiles, kept):
 @gluon.constexpr_function
 def fixed_bytes(width, groups, sets, tiles, kept):
     """Return the shared memory beside the ring: the warps' sums twice, their factors and squares, x if it is kept."""
-    step = WARPS.value if sets else 2 * WARPS.value
-    units = ((width + 127) // 128 + step - 1) // step * step
-    x = units * digit_bytes(groups, sets) if kept else 0
+    x = pieces_of((width + 127) // 128) * 2 * WARPS.value * digit_bytes(groups, sets) if kept else 0
     of_columns = 8 * WARPS.value * max(1, 8 * sets)
     return (2 * WARPS.value * sums_bytes(tiles, sets) + of_columns + 127) // 128 * 128 + (x + 127) // 128 * 128
 
@@ -256,13 +259,13 @@ def stream_packed(  # noqa: PLR0912, PLR0915
 ):  # fmt: skip
     """Call finish(first, second, early, tile, row, token, here, n, tiles, extra) with each R tiles of the product.
 
-    The product is y = weight @ rms_norm(x), without the norm where there is none. SETS is 0 for one token: x
-    [128 UNITS] of DTYPE, norm [128 UNITS] or None. It is 1 for up to 8 and 2 for up to 16: x and factors are
-    `prepare_kernel`'s. words and scales: see `packed`. first and second [P] fp32 belong to token[p], and to
-    row[p] and row[p] + 8 tiles of n rows; where not here[p], they belong to nothing. `early` is what
-    prefetch(row, token, here, n, tiles, extra) has loaded before the sums were made. record: bytes of a record.
-    KEPT: all of x stays in shared memory, always that of one token; else the ring brings it with the weights, for each
-    slot anew.
+    The product is y = weight @ rms_norm(x), without the norm where there is none. SETS is 0 for one token, 1 for up to
+    8 and 2 for up to 16. x [tokens, 128 UNITS] of DTYPE, norm [128 UNITS] or None, and no factors: every program makes
+    x's digits; else x and factors are `prepare_kernel`'s. words and scales: see `packed`. first and second [P] fp32
+    belong to token[p], and to row[p] and row[p] + 8 tiles of n rows; where not here[p], they belong to nothing. `early`
+    is what prefetch(row, token, here, n, tiles, extra) has loaded before the sums were made. record: bytes of a record.
+    KEPT: all of x stays in shared memory, always what the program made; else the ring brings it with the weights, for
+    each slot anew.
     """
     UNITS: gl.constexpr = (WIDTH + 127) // 128
     TURNS: gl.constexpr = (UNITS + WARPS - 1) // WARPS
@@ -273,7 +276,8 @@ def stream_packed(  # noqa: PLR0912, PLR0915
     X_AT: gl.constexpr = 0 if KEPT else slot_bytes(PLANES, GROUPS, ZEROS, SETS, R, True)
     SUMS: gl.constexpr = sums_bytes(R, SETS)
     FIXED: gl.constexpr = fixed_bytes(WIDTH, GROUPS, SETS, R, KEPT)
-    EARLY: gl.constexpr = slots_before_wait(STAGES, SLOT) if SETS == 0 else STAGES - 1
+    STAGED: gl.constexpr = factors is None
+    EARLY: gl.constexpr = slots_before_wait(STAGES, SLOT) if STAGED else STAGES - 1
     PAIRS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane, warp = lane_of(WARPS)
     memory, address = program_memory((FIXED + WARPS * STAGES * SLOT + 1023) // 1024 * 1024, WARPS)
@@ -284,26 +288,32 @@ def stream_packed(  # noqa: PLR0912, PLR0915
     end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
 
     gains = None
-    if norm is not None and SETS == 0:
-        gains = load_row(norm, UNITS)  # first of all: behind the ring's copies they would wait for all of these
+    if norm is not None and STAGED:
+        gains = load_row(norm, UNITS, True)  # first of all: behind the ring's copies they would wait for all of these
     sources, unit, limits = copies(words, scales, begin, end, UNITS, PLANES, GROUPS, ZEROS, R)
     state, to = (unit, 0, 0), ring + lane * 16
-    state = fill(state, to, sources, limits, record, EARLY, SETS == 0, UNITS, TURNS, PLANES, GROUPS, ZEROS, SLOT, R)
+    state = fill(state, to, sources, limits, record, EARLY, STAGED, UNITS, TURNS, PLANES, GROUPS, ZEROS, SLOT, R)
     if PDL:
         statement("griddepcontrol.wait;")
         statement("griddepcontrol.launch_dependents;")
-    if SETS == 0:
-        row = load_row(x, UNITS)
+    if STAGED:
+        rows = ()
+        for token in gl.static_range(max(1, PIECES_AHEAD // pieces_of(UNITS)) if SETS > 0 else 1):
+            rows += (load_row(x + token * (UNITS * 128), UNITS, token < tokens),)
         REST: gl.constexpr = STAGES - 1 - EARLY
         state = fill(state, to, sources, limits, record, REST, True, UNITS, TURNS, PLANES, GROUPS, ZEROS, SLOT, R)
-        row = touched_behind(state[0], row)
-        values = scaled(row, gains, BF16)
-        power, factor = power_of(reduced(peak_of(values), "max.u32"))
-        stage_token(values, power, x_at, GROUPS)
-        warp_barrier()
-        store_float(factors_at + warp * 4 + lane * 0, factor, 0)
-        if norm is not None:
-            store_float(squares_at + warp * 4 + lane * 0, sum_of_squares(row, BF16), 0)
+        rows = (touched_behind(state[0], rows[0]),) + rows[1:]
+        if SETS > 0:
+            stage_tokens(x, rows, gains, tokens, x_at, factors_at, squares_at, UNITS, GROUPS, SETS, BF16)
+            warp_barrier()
+        else:
+            values = scaled(rows[0], gains, BF16)
+            power, factor = power_of(reduced(peak_of(values), "max.u32"))
+            stage_token(values, power, x_at, GROUPS)
+            warp_barrier()
+            store_float(factors_at + warp * 4 + lane * 0, factor, 0)
+            if norm is not None:
+                store_float(squares_at + warp * 4 + lane * 0, sum_of_squares(rows[0], BF16), 0)
     else:
         of_columns = gl.arange(0, 2 * WARPS * COLUMNS, PAIRS)
         found = gl.load(factors + of_columns)  # in flight while x is asked for
@@ -328,7 +338,8 @@ def stream_packed(  # noqa: PLR0912, PLR0915
     if SETS == 0:
         digits_at, sums_at = token_places(x_at + warp * BLOCK)
     elif KEPT:
-        arrive(0)
+        if not STAGED:
+            arrive(0)
         digits_at, sums_at = x_at + warp * BLOCK + lane * 16, x_at + warp * BLOCK + lane % 4 * 8
     else:
         digits_at, sums_at = to, ring + lane % 4 * 8

@@ -216,7 +216,7 @@ def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any], regis
         "words": "*i32", "scales": "*i32", "factors": "*fp32", "best": "*fp32", "ids": "*i32", "tokens": "i32",
         "n": "i32", "tiles": "i32", "record": "i32", "eps": "fp32", "boxes": "*i64", "calls": "*i32", "rank": "i32",
     }  # fmt: skip
-    types |= {"x": "*i32"} if constants["SETS"] else {}
+    types |= {} if "factors" in constants else {"x": "*i32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if signature[name].startswith("*")
@@ -230,23 +230,32 @@ def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any], regis
 @compiled_ahead
 @pytest.mark.parametrize(("capability", "pdl"), support.TARGETS)
 @pytest.mark.parametrize(
-    ("name", "tokens", "form", "tiles"),
+    ("name", "tokens", "form", "tiles", "most_staged"),
     [
-        ("linear", 1, Form(1, 1, True), 2), ("swiglu", 16, Form(1, 4, False), 2), ("best", 1, Form(2, 0, False), 2),
-        ("linear", 8, Form(2, 0, False), 2), ("swiglu", 16, Form(1, 1, False), 10),
-        ("linear", 16, Form(2, 0, False), 2), ("post", 1, Form(1, 1, True), 2), ("post", 8, Form(1, 1, True), 2),
-        ("post", 16, Form(1, 1, True), 10), ("post", 1, Form(2, 0, False), 2), ("post", 16, Form(2, 0, False), 2),
+        ("linear", 1, Form(1, 1, True), 2, 0), ("swiglu", 16, Form(1, 4, False), 2, 0),
+        ("best", 1, Form(2, 0, False), 2, 0), ("linear", 8, Form(2, 0, False), 2, 0),
+        ("swiglu", 16, Form(1, 1, False), 10, 0), ("linear", 16, Form(2, 0, False), 2, 0),
+        ("post", 1, Form(1, 1, True), 2, 0), ("post", 8, Form(1, 1, True), 2, 0),
+        ("post", 16, Form(1, 1, True), 10, 0), ("post", 1, Form(2, 0, False), 2, 0),
+        ("post", 16, Form(2, 0, False), 2, 0), ("linear", 8, Form(2, 0, False), 2, 16),
+        ("swiglu", 8, Form(1, 4, True), 2, 16), ("best", 2, Form(1, 1, True), 10, 16),
+        ("post", 4, Form(1, 1, False), 2, 16),
     ],
 )  # fmt: skip
 def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
-    name: str, tokens: int, form: Form, tiles: int, capability: int, pdl: bool
-) -> None:
-    sets, shape, slots, kept = packed_linear.choose(form, 4096, tokens, 227 if capability == 90 else 163, tiles)
+    name: str, tokens: int, form: Form, tiles: int, most_staged: int, capability: int, pdl: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(packed_linear, "MOST_STAGED", most_staged)
+    chosen = packed_linear.choose(form, 4096, tokens, 227 if capability == 90 else 163, tiles)
+    sets, shape, slots, kept, staged = chosen
+    has_room = capability == 90 or form.planes == 1  # beside a ring of int8
+    assert staged == (tokens == 1 or (most_staged > 0 and has_room))
     constants = {
         "WIDTH": 4096, "PLANES": form.planes, "GROUPS": form.groups, "ZEROS": form.zeros, "SETS": sets,
         "R": shape.tiles, "STAGES": slots, "KEPT": kept, "DTYPE": gl.bfloat16, "PDL": pdl, "bias": None,
     }  # fmt: skip
-    constants |= {} if sets else {"factors": None}
+    constants |= {"factors": None} if staged else {}
     constants |= {"norm": None, "WORLD": 4} if name == "post" else {}
     kernels = linear_sum if name == "post" else packed_linear
     compiled = compile_ahead(getattr(kernels, f"packed_{name}_kernel"), capability, constants, shape.registers)
@@ -257,7 +266,7 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
     memory += fixed_point.WARPS.value * slots * slot
     assert compiled.metadata.shared == triton.cdiv(memory, 1024) * 1024, "nothing else lies in shared memory"
     copies = 2 * form.planes * shape.tiles + (1 if form.groups else 0)
-    of_x = triton.cdiv(fixed_point.digit_bytes(form.groups, sets), 512) if sets else 0
+    of_x = triton.cdiv(fixed_point.digit_bytes(form.groups, sets), 512) if not staged else 0
     wanted = 2 * copies + (of_x if kept else 2 * of_x)
     assert ptx.count(copied) >= wanted, "slots are filled ahead, in a loop, and one in each turn"
     products = ptx[ptx.index("mma.sync") : ptx.rindex("mma.sync")]
