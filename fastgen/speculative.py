@@ -301,7 +301,9 @@ class SpeculativeEngine(Engine):
         width = width_of(arm.drafts)
         done = self._rounds.verify(width, filled, options.sampling, logprobs=options.logprobs)
         widths = tuple(width for _, width in missed)
-        return done, Launch(arm, done.tokens.shape[1], widths, start, shown, drafted, mark(self.device))
+        # On a GPU the next round's start is a plain one's end.
+        end = start if arm == PLAIN and start.device else mark(self.device)
+        return done, Launch(arm, done.tokens.shape[1], widths, start, shown, drafted, end)
 
     def _most_filled(self) -> int:
         """Return how many tokens a text can have before it is read and ended."""

@@ -64,6 +64,8 @@ SHAPES = {
 }
 """By bits, for one token, for up to 8 and up to 16; from sweeps on an H200."""
 
+KEPT_FROM = {1: 1000, 2: 2}
+
 MOST_STAGED = 16
 """Tokens times `pieces_of` their width for which every program makes the digits."""
 
@@ -201,7 +203,7 @@ def choose(form: Form, width: int, tokens: int, memory: int, tiles_each: float) 
             return Choice(sets, whole, slots, kept=True, staged=True)
     while shape.tiles > 1 and _ring_slots(form, width, sets, shape, memory, kept=False) < 2:
         shape = shape._replace(tiles=shape.tiles // 2)
-    if sets == 2 and tiles_each > 2 * shape.tiles:
+    if tiles_each > KEPT_FROM[sets] * shape.tiles:
         slots = _ring_slots(form, width, sets, shape._replace(memory=memory), memory, kept=True)
         if slots >= 3:
             return Choice(sets, shape, slots, kept=True, staged=False)

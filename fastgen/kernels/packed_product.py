@@ -65,6 +65,9 @@ BEFORE_WAIT = gl.constexpr(32 << 10)
 PIECES_AHEAD = gl.constexpr(8)
 """What of several tokens' x is on its way while a program makes their digits: pieces of a warp, of whole rows."""
 
+BEFORE_PREPARED = gl.constexpr(256 << 10)
+"""The same where `prepare_kernel` runs meanwhile."""
+
 UNROLLED = gl.constexpr(2)
 """The most turns in a row; a program that has few tiles runs its code once, at the pace of the instruction cache."""
 
@@ -163,9 +166,9 @@ def behind(unit, last, UNITS: gl.constexpr, TURNS: gl.constexpr, R: gl.constexpr
 
 
 @gluon.constexpr_function
-def slots_before_wait(stages, slot):
-    """Return how many slots of the ring, of which one stays free, are filled before the wait."""
-    return min(stages - 1, max(1, round(BEFORE_WAIT.value / (WARPS.value * slot))))
+def slots_before_wait(stages, slot, size):
+    """Return how many slots of the ring, of which one stays free, are filled before the wait: about `size` bytes."""
+    return min(stages - 1, max(1, round(size / (WARPS.value * slot))))
 
 
 @gluon.jit
@@ -277,7 +280,8 @@ def stream_packed(  # noqa: PLR0912, PLR0915
     SUMS: gl.constexpr = sums_bytes(R, SETS)
     FIXED: gl.constexpr = fixed_bytes(WIDTH, GROUPS, SETS, R, KEPT)
     STAGED: gl.constexpr = factors is None
-    EARLY: gl.constexpr = slots_before_wait(STAGES, SLOT) if STAGED else STAGES - 1
+    EARLY: gl.constexpr = slots_before_wait(STAGES, SLOT, BEFORE_WAIT if STAGED else BEFORE_PREPARED)
+    REST: gl.constexpr = STAGES - 1 - EARLY
     PAIRS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane, warp = lane_of(WARPS)
     memory, address = program_memory((FIXED + WARPS * STAGES * SLOT + 1023) // 1024 * 1024, WARPS)
@@ -300,7 +304,6 @@ def stream_packed(  # noqa: PLR0912, PLR0915
         rows = ()
         for token in gl.static_range(max(1, PIECES_AHEAD // pieces_of(UNITS)) if SETS > 0 else 1):
             rows += (load_row(x + token * (UNITS * 128), UNITS, token < tokens),)
-        REST: gl.constexpr = STAGES - 1 - EARLY
         state = fill(state, to, sources, limits, record, REST, True, UNITS, TURNS, PLANES, GROUPS, ZEROS, SLOT, R)
         rows = (touched_behind(state[0], rows[0]),) + rows[1:]
         if SETS > 0:
@@ -322,16 +325,21 @@ def stream_packed(  # noqa: PLR0912, PLR0915
         limit = unit + (end - begin + R - 1) // R * (R * UNITS)
         x_limits, turn = (limit, gl.where(lane * 16 < BLOCK % 512, limit, 0)), 0
         x_to = x_at + warp * BLOCK + lane * 16 if KEPT else to + X_AT
-        for _ in range(unknown(TURNS if KEPT else STAGES - 1, record)):
-            last = turn == TURNS - 1
-            copy(x_to, x_source, unit, x_limits, bytes_of_lane(turn, TURNS - 1, UNITS), BLOCK, 32, MIDDLE)
+        for asked in range(unknown(TURNS if KEPT else STAGES - 1, record)):
+            size, last = bytes_of_lane(turn, TURNS - 1, UNITS), turn == TURNS - 1
+            copy(x_to, x_source, unit, x_limits, size, BLOCK, 32, MIDDLE)
             if not KEPT:
+                late = gl.where(asked < EARLY, 0, limits[0]), gl.where(asked < EARLY, 0, limits[1])
+                copy_units(x_to - X_AT, sources, unit, late, size, PLANES, GROUPS, ZEROS, R)
                 commit()
             unit, turn = behind(unit, last, UNITS, TURNS, R), gl.where(last, 0, turn + 1)
             x_source += gl.where(last, (1 - TURNS) * (WARPS * BLOCK), WARPS * BLOCK)
             x_to += WARPS * BLOCK if KEPT else SLOT
         if KEPT:
             commit()
+            state = fill(state, to, sources, limits, record, REST, True, UNITS, TURNS, PLANES, GROUPS, ZEROS, SLOT, R)
+        else:
+            state = unit, turn, (STAGES - 1) * SLOT
         store_float(factors_at + of_columns * 4, found, 0)
 
     words_at, scales_at, zeros_at = slot_places(ring, PLANES, R)
@@ -339,7 +347,7 @@ def stream_packed(  # noqa: PLR0912, PLR0915
         digits_at, sums_at = token_places(x_at + warp * BLOCK)
     elif KEPT:
         if not STAGED:
-            arrive(0)
+            arrive(REST)
         digits_at, sums_at = x_at + warp * BLOCK + lane * 16, x_at + warp * BLOCK + lane % 4 * 8
     else:
         digits_at, sums_at = to, ring + lane % 4 * 8
