@@ -18,7 +18,7 @@ from torch import Tensor
 SMALLEST_BOUND = 256
 """Positions that the smallest graph reads; below that attention costs about the same."""
 
-LONGEST_BURST, SHORTEST_BURST, BURST_BYTES = 16, 2, 64 << 30
+LONGEST_BURST, SHORTEST_BURST, BURST_BYTES = 8, 2, 64 << 30
 """Steps a graph: the more, the less it costs to begin one; but a burst arrives as a whole, and a person should not see
 text stutter. So many bytes of weights take an H200 16 ms to read."""
 

@@ -88,12 +88,13 @@ def linear_post_kernel(
 def packed_post_kernel(
     x, norm, factors, words, scales, tokens, n, tiles, record, eps, bias, boxes, calls, rank, WORLD: gl.constexpr,
     WIDTH: gl.constexpr, PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr,
-    R: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
+    R: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, boxes and calls as `exchange_kernel` has them; the rest as `stream_packed` has it."""
     stream_packed(
         x, norm, factors, words, scales, tokens, n, tiles, record, eps, _load_calls, _post_both,
-        (bias, calls, rank, addresses(boxes, WORLD)), WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, KEPT, DTYPE, PDL,
+        (bias, calls, rank, addresses(boxes, WORLD)), WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, EARLY, KEPT, DTYPE, PDL,
     )  # fmt: skip
 
 

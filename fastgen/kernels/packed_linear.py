@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from fastgen.kernels import launch
 from fastgen.kernels.fixed_point import WARPS, digit_bytes, pieces_of, prepare_kernel, preparing_warps
 from fastgen.kernels.head import pick_token_kernel
-from fastgen.kernels.packed import TILE, UNIT, Form, form_of
+from fastgen.kernels.packed import PLANE, TILE, UNIT, Form, form_of
 from fastgen.kernels.packed_product import fixed_bytes, slot_bytes, stream_packed
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -47,6 +47,7 @@ class Choice(NamedTuple):
     """How a product is launched: sets of eight tokens, 0 in the form of one token, and the slots of the ring.
 
     Attributes:
+        early: slots that are asked for before the wait.
         kept: whether x stays in shared memory.
         staged: whether every program makes x's digits, else a launch before it does.
     """
@@ -54,6 +55,7 @@ class Choice(NamedTuple):
     sets: int
     shape: Shape
     slots: int
+    early: int
     kept: bool
     staged: bool
 
@@ -64,10 +66,14 @@ SHAPES = {
 }
 """By bits, for one token, for up to 8 and up to 16; from sweeps on an H200."""
 
-KEPT_FROM = {1: 1000, 2: 2}
+BEFORE_WAIT = 32 << 10
+"""Bytes of weights that a program asks for before it waits, about; the rest, behind x, shall not delay that."""
 
-MOST_STAGED = 16
-"""Tokens times `pieces_of` their width for which every program makes the digits."""
+FILLED = 176 << 10
+"""Bytes of weights of a program from which on it asks for as many as its ring holds while `prepare_kernel` runs."""
+
+MOST_STAGED = 4
+"""Tokens whose digits every program makes; of K up to 2048 half as many, for those that are made before cost less."""
 
 
 @torch.library.custom_op("fastgen::packed_linear", mutates_args=())
@@ -138,7 +144,7 @@ def launch_packed(
     tiles, units = words.shape[:2]
     tokens, processors = x.numel() // width, launch.processors(x.device)
     x = x.reshape(tokens, width).contiguous()
-    sets, shape, slots, kept, staged = _chosen(x, words, scales)
+    sets, shape, slots, early, kept, staged = _chosen(x, words, scales)
     if slots < 2 and sets == 2:  # on a GPU of little shared memory
         assert not more, "who has more to give has asked `is_one_launch`"
         for part in (slice(0, 8), slice(8, tokens)):
@@ -164,7 +170,7 @@ def launch_packed(
     kernel[grid](
         given, norm, factors, words, scales, tokens, n, tiles, 4 * words.shape[2], eps, bias=bias, **more,
         **of_tokens, WIDTH=width, PLANES=form.planes, GROUPS=form.groups, ZEROS=form.zeros, SETS=sets, R=shape.tiles,
-        STAGES=slots, KEPT=kept, DTYPE=DTYPES[x.dtype], PDL=bool(options), num_warps=WARPS.value,
+        STAGES=slots, EARLY=early, KEPT=kept, DTYPE=DTYPES[x.dtype], PDL=bool(options), num_warps=WARPS.value,
         maxnreg=shape.registers, **options,
     )  # fmt: skip
 
@@ -191,24 +197,33 @@ def choose(form: Form, width: int, tokens: int, memory: int, tiles_each: float) 
             (for fewer tokens, and with fewer slots, it was no faster on an H200).
     """
     alone, *several = SHAPES[4 * form.planes]
+    units = triton.cdiv(width, UNIT)
     slots = _ring_slots(form, width, 0, alone, memory, kept=True)
     if tokens == 1 and slots >= 3:
-        return Choice(0, alone, slots, kept=True, staged=True)
+        return Choice(0, alone, slots, _before_wait(form, 0, alone, slots), kept=True, staged=True)
     sets = triton.cdiv(tokens, 8)
     shape = several[sets - 1]
-    if tokens * pieces_of(triton.cdiv(width, UNIT)) <= MOST_STAGED:
-        whole = shape._replace(memory=memory)
-        slots = _ring_slots(form, width, sets, whole, memory, kept=True)
-        if slots >= 3:
-            return Choice(sets, whole, slots, kept=True, staged=True)
+    whole = shape._replace(memory=memory)
+    slots = _ring_slots(form, width, sets, whole, memory, kept=True)
+    if 1 < tokens <= min(MOST_STAGED, MOST_STAGED // 2 * pieces_of(units)) and slots >= 3:
+        return Choice(sets, whole, slots, _before_wait(form, sets, whole, slots), kept=True, staged=True)
     while shape.tiles > 1 and _ring_slots(form, width, sets, shape, memory, kept=False) < 2:
         shape = shape._replace(tiles=shape.tiles // 2)
-    if tiles_each > KEPT_FROM[sets] * shape.tiles:
-        slots = _ring_slots(form, width, sets, shape._replace(memory=memory), memory, kept=True)
-        if slots >= 3:
-            return Choice(sets, shape, slots, kept=True, staged=False)
-    slots = _ring_slots(form, width, sets, shape, memory, kept=False)
-    return Choice(sets, shape, slots, kept=False, staged=False)
+    kept = sets == 2 and tiles_each > 2 * shape.tiles and slots >= 3
+    if not kept:
+        slots = _ring_slots(form, width, sets, shape, memory, kept=False)
+    early = slots - 1
+    if tiles_each * units * form.planes * 4 * PLANE < FILLED:
+        early = _before_wait(form, sets, shape, slots, kept=kept)
+    if kept:
+        early = min(early, triton.cdiv(units, WARPS.value))
+    return Choice(sets, shape, slots, early, kept=kept, staged=False)
+
+
+def _before_wait(form: Form, sets: int, shape: Shape, slots: int, *, kept: bool = True) -> int:
+    """Return how many slots of the ring, of which one stays free, hold `BEFORE_WAIT`."""
+    slot = WARPS.value * slot_bytes(*form, sets, shape.tiles, kept)
+    return min(slots - 1, max(1, round(BEFORE_WAIT / slot)))
 
 
 def _ring_slots(form: Form, width: int, sets: int, shape: Shape, memory: int, *, kept: bool) -> int:
@@ -220,12 +235,12 @@ def _ring_slots(form: Form, width: int, sets: int, shape: Shape, memory: int, *,
 def packed_linear_kernel(
     x, norm, factors, words, scales, tokens, n, tiles, record, eps, bias, residual, out, WIDTH: gl.constexpr,
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
-    STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, residual [tokens, n] or None, out [tokens, n]; the rest as `stream_packed` has it."""
     stream_packed(
         x, norm, factors, words, scales, tokens, n, tiles, record, eps, _load_residual, _store, (out, bias, residual),
-        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, KEPT, DTYPE, PDL,
+        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, EARLY, KEPT, DTYPE, PDL,
     )  # fmt: skip
 
 
@@ -233,12 +248,12 @@ def packed_linear_kernel(
 def packed_swiglu_kernel(
     x, norm, factors, words, scales, tokens, n, tiles, record, eps, bias, out, WIDTH: gl.constexpr,
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
-    STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, out [tokens, n / 2]; the rest as `stream_packed` has it."""
     stream_packed(
         x, norm, factors, words, scales, tokens, n, tiles, record, eps, _nothing, _gate_and_store, (out, bias),
-        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, KEPT, DTYPE, PDL,
+        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, EARLY, KEPT, DTYPE, PDL,
     )  # fmt: skip
 
 
@@ -246,12 +261,12 @@ def packed_swiglu_kernel(
 def packed_best_kernel(
     x, norm, factors, words, scales, tokens, n, tiles, record, eps, bias, best, ids, WIDTH: gl.constexpr,
     PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr, R: gl.constexpr,
-    STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """bias [n] or None, best and ids [tokens, tiles]; the rest as `stream_packed` has it."""
     stream_packed(
         x, norm, factors, words, scales, tokens, n, tiles, record, eps, _nothing, _store_best, (best, ids, bias),
-        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, KEPT, DTYPE, PDL,
+        WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, EARLY, KEPT, DTYPE, PDL,
     )  # fmt: skip
 
 

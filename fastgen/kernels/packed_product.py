@@ -59,14 +59,8 @@ from fastgen.kernels.fragments import (
 )
 from fastgen.kernels.packed_units import add_unit, alone, load_unit, tail_bytes, tail_stride, tails_bytes
 
-BEFORE_WAIT = gl.constexpr(32 << 10)
-"""Bytes that a program with one token's x asks for before it waits, about; the rest, behind x, shall not delay that."""
-
 PIECES_AHEAD = gl.constexpr(8)
 """What of several tokens' x is on its way while a program makes their digits: pieces of a warp, of whole rows."""
-
-BEFORE_PREPARED = gl.constexpr(256 << 10)
-"""The same where `prepare_kernel` runs meanwhile."""
 
 UNROLLED = gl.constexpr(2)
 """The most turns in a row; a program that has few tiles runs its code once, at the pace of the instruction cache."""
@@ -165,12 +159,6 @@ def behind(unit, last, UNITS: gl.constexpr, TURNS: gl.constexpr, R: gl.constexpr
     return unit + gl.where(last, R * UNITS - (TURNS - 1) * WARPS, WARPS)
 
 
-@gluon.constexpr_function
-def slots_before_wait(stages, slot, size):
-    """Return how many slots of the ring, of which one stays free, are filled before the wait: about `size` bytes."""
-    return min(stages - 1, max(1, round(size / (WARPS.value * slot))))
-
-
 @gluon.jit
 def fill(
     state, to, sources, limits, record, COUNT: gl.constexpr, COMMIT: gl.constexpr, UNITS: gl.constexpr,
@@ -258,7 +246,8 @@ def floats(four):
 def stream_packed(  # noqa: PLR0912, PLR0915
     x, norm, factors, words, scales, tokens, n, tiles, record, eps, prefetch: gl.constexpr, finish: gl.constexpr, extra,
     WIDTH: gl.constexpr, PLANES: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr, SETS: gl.constexpr,
-    R: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr, PDL: gl.constexpr,
+    R: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, KEPT: gl.constexpr, DTYPE: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """Call finish(first, second, early, tile, row, token, here, n, tiles, extra) with each R tiles of the product.
 
@@ -267,8 +256,8 @@ def stream_packed(  # noqa: PLR0912, PLR0915
     x's digits; else x and factors are `prepare_kernel`'s. words and scales: see `packed`. first and second [P] fp32
     belong to token[p], and to row[p] and row[p] + 8 tiles of n rows; where not here[p], they belong to nothing. `early`
     is what prefetch(row, token, here, n, tiles, extra) has loaded before the sums were made. record: bytes of a record.
-    KEPT: all of x stays in shared memory, always what the program made; else the ring brings it with the weights, for
-    each slot anew.
+    Of the ring's STAGES slots, EARLY are asked for before the wait. KEPT: all of x stays in shared memory, always what
+    the program made; else the ring brings it with the weights, for each slot anew.
     """
     UNITS: gl.constexpr = (WIDTH + 127) // 128
     TURNS: gl.constexpr = (UNITS + WARPS - 1) // WARPS
@@ -280,7 +269,6 @@ def stream_packed(  # noqa: PLR0912, PLR0915
     SUMS: gl.constexpr = sums_bytes(R, SETS)
     FIXED: gl.constexpr = fixed_bytes(WIDTH, GROUPS, SETS, R, KEPT)
     STAGED: gl.constexpr = factors is None
-    EARLY: gl.constexpr = slots_before_wait(STAGES, SLOT, BEFORE_WAIT if STAGED else BEFORE_PREPARED)
     REST: gl.constexpr = STAGES - 1 - EARLY
     PAIRS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane, warp = lane_of(WARPS)
@@ -325,18 +313,19 @@ def stream_packed(  # noqa: PLR0912, PLR0915
         limit = unit + (end - begin + R - 1) // R * (R * UNITS)
         x_limits, turn = (limit, gl.where(lane * 16 < BLOCK % 512, limit, 0)), 0
         x_to = x_at + warp * BLOCK + lane * 16 if KEPT else to + X_AT
+        # A turn's group of copies is its x, with the weights that were not asked for before. Of x that is kept, all
+        # turns come before these weights; the ring's groups lie so that `arrive` finds both, as EARLY <= TURNS.
         for asked in range(unknown(TURNS if KEPT else STAGES - 1, record)):
             size, last = bytes_of_lane(turn, TURNS - 1, UNITS), turn == TURNS - 1
             copy(x_to, x_source, unit, x_limits, size, BLOCK, 32, MIDDLE)
-            if not KEPT:
+            if not KEPT and REST > 0:
                 late = gl.where(asked < EARLY, 0, limits[0]), gl.where(asked < EARLY, 0, limits[1])
                 copy_units(x_to - X_AT, sources, unit, late, size, PLANES, GROUPS, ZEROS, R)
-                commit()
+            commit()
             unit, turn = behind(unit, last, UNITS, TURNS, R), gl.where(last, 0, turn + 1)
             x_source += gl.where(last, (1 - TURNS) * (WARPS * BLOCK), WARPS * BLOCK)
             x_to += WARPS * BLOCK if KEPT else SLOT
         if KEPT:
-            commit()
             state = fill(state, to, sources, limits, record, REST, True, UNITS, TURNS, PLANES, GROUPS, ZEROS, SLOT, R)
         else:
             state = unit, turn, (STAGES - 1) * SLOT
@@ -346,8 +335,6 @@ def stream_packed(  # noqa: PLR0912, PLR0915
     if SETS == 0:
         digits_at, sums_at = token_places(x_at + warp * BLOCK)
     elif KEPT:
-        if not STAGED:
-            arrive(REST)
         digits_at, sums_at = x_at + warp * BLOCK + lane * 16, x_at + warp * BLOCK + lane % 4 * 8
     else:
         digits_at, sums_at = to, ring + lane % 4 * 8

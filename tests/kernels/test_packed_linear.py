@@ -237,9 +237,9 @@ def compile_ahead(kernel: Any, capability: int, constants: dict[str, Any], regis
         ("swiglu", 16, Form(1, 1, False), 10, 0), ("linear", 16, Form(2, 0, False), 2, 0),
         ("post", 1, Form(1, 1, True), 2, 0), ("post", 8, Form(1, 1, True), 2, 0),
         ("post", 16, Form(1, 1, True), 10, 0), ("post", 1, Form(2, 0, False), 2, 0),
-        ("post", 16, Form(2, 0, False), 2, 0), ("linear", 8, Form(2, 0, False), 2, 16),
-        ("swiglu", 8, Form(1, 4, True), 2, 16), ("best", 2, Form(1, 1, True), 10, 16),
-        ("post", 4, Form(1, 1, False), 2, 16),
+        ("post", 16, Form(2, 0, False), 2, 0), ("linear", 8, Form(2, 0, False), 2, 8),
+        ("swiglu", 8, Form(1, 4, True), 2, 8), ("best", 2, Form(1, 1, True), 10, 8),
+        ("post", 4, Form(1, 1, False), 2, 8),
     ],
 )  # fmt: skip
 def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
@@ -248,12 +248,12 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(packed_linear, "MOST_STAGED", most_staged)
     chosen = packed_linear.choose(form, 4096, tokens, 227 if capability == 90 else 163, tiles)
-    sets, shape, slots, kept, staged = chosen
+    sets, shape, slots, early, kept, staged = chosen
     has_room = capability == 90 or form.planes == 1  # beside a ring of int8
     assert staged == (tokens == 1 or (most_staged > 0 and has_room))
     constants = {
         "WIDTH": 4096, "PLANES": form.planes, "GROUPS": form.groups, "ZEROS": form.zeros, "SETS": sets,
-        "R": shape.tiles, "STAGES": slots, "KEPT": kept, "DTYPE": gl.bfloat16, "PDL": pdl, "bias": None,
+        "R": shape.tiles, "STAGES": slots, "EARLY": early, "KEPT": kept, "DTYPE": gl.bfloat16, "PDL": pdl, "bias": None,
     }  # fmt: skip
     constants |= {"factors": None} if staged else {}
     constants |= {"norm": None, "WORLD": 4} if name == "post" else {}
@@ -281,7 +281,7 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
 @compiled_ahead
 def test_more_tails_than_a_warp_copies_at_once_are_refused() -> None:
     constants = {
-        "WIDTH": 4096, "PLANES": 1, "GROUPS": 4, "ZEROS": True, "SETS": 0, "R": 4, "STAGES": 3, "KEPT": True,
+        "WIDTH": 4096, "PLANES": 1, "GROUPS": 4, "ZEROS": True, "SETS": 0, "R": 4, "STAGES": 3, "EARLY": 1, "KEPT": True,
         "DTYPE": gl.bfloat16, "PDL": True, "bias": None, "factors": None,
     }  # fmt: skip
     with pytest.raises(triton.CompilationError) as refused:
