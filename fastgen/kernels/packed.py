@@ -148,8 +148,15 @@ def _(words: Tensor, scales: Tensor, n: int, width: int, dtype: torch.dtype) -> 
 def _place():
     """Return the words of a part [2, 32, 4] and their bytes [256, 4]: row g of a half of the tile, column."""
     word, byte = tl.arange(0, 256)[:, None], tl.arange(0, 4)[None, :]
+    g, column = _group_and_column(word)
+    return word, byte, g, column + byte
+
+
+@triton.jit
+def _group_and_column(word):
+    """Return which row g of a half of the tile, and from which column on, a word of a part [2, 32, 4] holds."""
     c, g, t, i = word // 128, word % 128 // 16, word // 4 % 4, word % 4
-    return word, byte, g, tl.program_id(1) * 128 + c * 64 + i // 2 * 32 + t * 8 + i % 2 * 4 + byte
+    return g, tl.program_id(1) * 128 + c * 64 + i // 2 * 32 + t * 8 + i % 2 * 4
 
 
 @triton.jit
@@ -160,15 +167,18 @@ def _row(g, half):
 @triton.jit
 def pack_int4_kernel(packed, words, n, width):
     """Grid (tiles, units); packed [n, width / 8], weight 8j + i of a row in bits 4i of its word j."""
-    _word, byte, g, column = _place()
-    bits = tl.zeros([256, 4], tl.uint32)
+    word = tl.arange(0, 256)
+    g, column = _group_and_column(word)
+    bits = tl.zeros([256], tl.int32)
     for half in tl.static_range(2):
         row = _row(g, half)
         here = (row < n) & (column < width)
         q = tl.load(packed + row.to(tl.int64) * (width // 8) + column // 8, mask=here, other=0)
-        bits |= ((q >> (column % 8 * 4)) & 15).to(tl.uint32) << (byte * 8 + 4 * half)
+        q = (q >> (column % 8 * 4)) & 0xFFFF  # four weights, which go to a byte each
+        q = (q | (q << 8)) & 0x00FF00FF
+        bits |= ((q | (q << 4)) & 0x0F0F0F0F) << (4 * half)
     at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 256
-    tl.store(words + at + tl.arange(0, 256), tl.sum(bits, axis=1).to(tl.int32))
+    tl.store(words + at + word, bits)
 
 
 @triton.jit

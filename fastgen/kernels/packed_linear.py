@@ -69,8 +69,8 @@ SHAPES = {
 BEFORE_WAIT = 32 << 10
 """Bytes of weights that a program asks for before it waits, about; the rest, behind x, shall not delay that."""
 
-FILLED = 176 << 10
-"""Bytes of weights of a program from which on it asks for as many as its ring holds while `prepare_kernel` runs."""
+FILLED = {4: 128 << 10, 8: 64 << 10}
+"""By bits, bytes of weights of a program from which on it asks for all that its ring holds before it waits."""
 
 MOST_STAGED = 4
 """Tokens whose digits every program makes; of K up to 2048 half as many, for those that are made before cost less."""
@@ -213,7 +213,7 @@ def choose(form: Form, width: int, tokens: int, memory: int, tiles_each: float) 
     if not kept:
         slots = _ring_slots(form, width, sets, shape, memory, kept=False)
     early = slots - 1
-    if tiles_each * units * form.planes * 4 * PLANE < FILLED:
+    if tiles_each * units * form.planes * 4 * PLANE < FILLED[4 * form.planes]:
         early = _before_wait(form, sets, shape, slots, kept=kept)
     if kept:
         early = min(early, triton.cdiv(units, WARPS.value))
