@@ -177,7 +177,6 @@ def _time_stages(config: BenchConfig) -> int:
     from fastgen.benchmark import forget_models
     from fastgen.device import choose_placement, describe
     from fastgen.kernels.bandwidth import measure_read_bandwidth
-    from fastgen.load import use_kernels
     from fastgen.report import versions
 
     began = time.monotonic()
@@ -197,7 +196,9 @@ def _time_stages(config: BenchConfig) -> int:
                 phases.note([f"--limit {config.limit:g}: {title} of {_title(name, own)} left out"])
                 continue
             model = _load(own, name, placement, ranks, phases)
-            use_kernels(model, config.kernels, compile=True)
+            packing = _pack(config, model)
+            # What comes first compiles the kernels that pack; what comes last shows what packing takes.
+            found[place] |= {"packing": packing} if model.formats and placement.device.type == "cuda" else {}
             with phases.phase(title, name):
                 for part in work(config, model, limit):
                     found[place] |= part
@@ -207,6 +208,23 @@ def _time_stages(config: BenchConfig) -> int:
     if config.json:
         sys.stdout.write(json.dumps(_document(config, ran | {"records": found})) + "\n")
     return 0
+
+
+def _pack(config: BenchConfig, model: "LoadedModel") -> dict[str, float]:
+    """Let a model's stages run as chosen; return the seconds and the memory that its weights took in between."""
+    from fastgen.device import synchronize
+    from fastgen.load import use_kernels
+    from fastgen.report import peak_memory, reset_peak_memory
+
+    device = model.placement.device
+    synchronize(device)
+    reset_peak_memory(device)
+    before, began = peak_memory(device), time.perf_counter()
+    use_kernels(model, config.kernels, compile=True)
+    synchronize(device)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "weight_bytes": model.transformer.weight_bytes(),
+            "extra_peak_bytes": peak_memory(device) - before}  # fmt: skip
 
 
 def _stages_of(config: BenchConfig, model: "LoadedModel", limit: float) -> Iterator[dict[str, object]]:

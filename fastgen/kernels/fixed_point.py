@@ -302,7 +302,8 @@ def stage_tokens(
     lane, warp = lane_of(WARPS)
     for token in range(tokens):
         row, ahead = rows[0], token + len(rows)
-        rows = rows[1:] + (load_row(x + ahead * (UNITS * 128), UNITS, ahead < tokens),)
+        rows = rows[1:]
+        rows += (load_row(x + ahead * (UNITS * 128), UNITS, ahead < tokens),)
         values = scaled(row, gains, BF16)
         power, factor = power_of(reduced(peak_of(values), "max.u32"))
         at, sums_at = places_of(token, lane % 16, GROUPS, SETS)

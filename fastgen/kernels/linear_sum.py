@@ -94,7 +94,8 @@ def packed_post_kernel(
     """bias [n] or None, boxes and calls as `exchange_kernel` has them; the rest as `stream_packed` has it."""
     stream_packed(
         x, norm, factors, words, scales, tokens, n, tiles, record, eps, _load_calls, _post_both,
-        (bias, calls, rank, addresses(boxes, WORLD)), WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, EARLY, KEPT, DTYPE, PDL,
+        (bias, calls, rank, addresses(boxes, WORLD)), WIDTH, PLANES, GROUPS, ZEROS, SETS, R, STAGES, EARLY, KEPT, DTYPE,
+        PDL,
     )  # fmt: skip
 
 

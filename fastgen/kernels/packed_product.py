@@ -293,7 +293,8 @@ def stream_packed(  # noqa: PLR0912, PLR0915
         for token in gl.static_range(max(1, PIECES_AHEAD // pieces_of(UNITS)) if SETS > 0 else 1):
             rows += (load_row(x + token * (UNITS * 128), UNITS, token < tokens),)
         state = fill(state, to, sources, limits, record, REST, True, UNITS, TURNS, PLANES, GROUPS, ZEROS, SLOT, R)
-        rows = (touched_behind(state[0], rows[0]),) + rows[1:]
+        touched = (touched_behind(state[0], rows[0]),)
+        rows = touched + rows[1:]
         if SETS > 0:
             stage_tokens(x, rows, gains, tokens, x_at, factors_at, squares_at, UNITS, GROUPS, SETS, BF16)
             warp_barrier()

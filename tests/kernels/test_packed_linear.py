@@ -281,8 +281,8 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
 @compiled_ahead
 def test_more_tails_than_a_warp_copies_at_once_are_refused() -> None:
     constants = {
-        "WIDTH": 4096, "PLANES": 1, "GROUPS": 4, "ZEROS": True, "SETS": 0, "R": 4, "STAGES": 3, "EARLY": 1, "KEPT": True,
-        "DTYPE": gl.bfloat16, "PDL": True, "bias": None, "factors": None,
+        "WIDTH": 4096, "PLANES": 1, "GROUPS": 4, "ZEROS": True, "SETS": 0, "R": 4, "STAGES": 3, "EARLY": 1,
+        "KEPT": True, "DTYPE": gl.bfloat16, "PDL": True, "bias": None, "factors": None,
     }  # fmt: skip
     with pytest.raises(triton.CompilationError) as refused:
         compile_ahead(packed_linear.packed_linear_kernel, 90, constants, 128)
