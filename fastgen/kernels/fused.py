@@ -9,6 +9,7 @@ of several new tokens must be consecutive, and launches on two streams of one GP
 """
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ def norm_linear(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """See `reference.norm_linear`."""
     if isinstance(linear, nn.Linear) and _streams(x, linear.weight, norm.weight):
         return _norm_linear.norm_linear(x, norm.weight, _eps(norm), linear.weight, linear.bias)
-    if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
+    if _multiplies(linear, x, norm.weight):
         return _packed_linear(x, norm, linear)
     return reference.norm_linear(x, norm, linear)
 
@@ -96,7 +97,7 @@ def linear_add(x: Tensor, linear: nn.Module, residual: Tensor) -> Tensor:
     """See `reference.linear_add`."""
     if isinstance(linear, nn.Linear) and _streams(x, linear.weight):
         return _linear_add.linear_add(x, linear.weight, linear.bias, residual)
-    if isinstance(linear, PackedLinear) and _fits(x, residual):
+    if _multiplies(linear, x, residual):
         return _packed_linear(x, None, linear, residual)
     return reference.linear_add(x, linear, residual)
 
@@ -106,7 +107,7 @@ def partial_linear(x: Tensor, linear: nn.Module) -> Tensor:
     part may have widths that they do take."""
     if isinstance(linear, nn.Linear) and _streams(x, linear.weight):
         return _linear_add.partial_linear(x, linear.weight, linear.bias)
-    if isinstance(linear, PackedLinear) and _fits(x, x):
+    if _multiplies(linear, x, x):
         return _packed_linear(x, None, linear, wide=True)
     part = reference.partial_linear(x, linear)
     return part.float() if _narrow(x) and x.numel() // x.shape[-1] <= launch.MAX_TOKENS else part
@@ -117,7 +118,7 @@ def linear_sum_add(x: Tensor, linear: nn.Module, residual: Tensor, sum_add: Call
     it is sum_add(part, residual)."""
     if isinstance(linear, nn.Linear) and _streams(x, linear.weight) and residual.numel() <= CAPACITY:
         return _linear_sum.linear_sum_add(x, linear.weight, linear.bias, residual)
-    if isinstance(linear, PackedLinear) and _fits(x, x) and residual.numel() <= CAPACITY:
+    if _multiplies(linear, x, residual) and residual.numel() <= CAPACITY:
         return _linear_sum.packed_sum_add(x, linear.words, linear.scales, linear.bias, residual)
     return sum_add(partial_linear(x, linear), residual)
 
@@ -126,7 +127,7 @@ def norm_swiglu(x: Tensor, norm: nn.RMSNorm, gate_up: nn.Module) -> Tensor:
     """See `reference.norm_swiglu`."""
     if isinstance(gate_up, nn.Linear) and _streams(x, gate_up.weight, norm.weight):
         return _norm_swiglu.norm_swiglu(x, norm.weight, _eps(norm), gate_up.weight, gate_up.bias)
-    if isinstance(gate_up, PackedLinear) and gate_up.out_features % TILE == 0 and _fits(x, norm.weight):
+    if _multiplies(gate_up, x, norm.weight) and gate_up.out_features % TILE == 0:
         return _packed.packed_swiglu(
             x, norm.weight, _eps(norm), gate_up.words, gate_up.scales, gate_up.bias, gate_up.out_features
         )
@@ -137,7 +138,7 @@ def head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """See `reference.head`."""
     if isinstance(linear, nn.Linear) and _streams(x, linear.weight, norm.weight):
         return _head.head(x, norm.weight, _eps(norm), linear.weight, linear.bias)
-    if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
+    if _multiplies(linear, x, norm.weight):
         return _packed_linear(x, norm, linear, wide=True)
     return reference.head(x, norm, linear)
 
@@ -146,7 +147,7 @@ def greedy_head(x: Tensor, norm: nn.RMSNorm, linear: nn.Module) -> Tensor:
     """See `reference.greedy_head`."""
     if isinstance(linear, nn.Linear) and _streams(x, linear.weight, norm.weight):
         return _head.greedy_head(x, norm.weight, _eps(norm), linear.weight, linear.bias)
-    if isinstance(linear, PackedLinear) and _fits(x, norm.weight):
+    if _multiplies(linear, x, norm.weight):
         return _packed.packed_greedy_head(
             x, norm.weight, _eps(norm), linear.words, linear.scales, linear.bias, linear.out_features
         )
@@ -182,6 +183,11 @@ def _packed_linear(
     return _packed.packed_linear(
         x, gain, eps, linear.words, linear.scales, linear.bias, residual, linear.out_features, wide
     )
+
+
+def _multiplies(linear: nn.Module, x: Tensor, other: Tensor) -> TypeGuard[PackedLinear]:
+    """Whether x, of the dtype of `other`, is multiplied by kernels with packed weights, whose scales must have it."""
+    return isinstance(linear, PackedLinear) and linear.dtype == x.dtype and _fits(x, other)
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:

@@ -96,6 +96,7 @@ def pack_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Te
 
     packed [out, in / 8] int32, scale [out, groups] bf16 or fp16, zero_point [out, groups] int8, bias [out].
     """
+    assert scale.dtype in (torch.bfloat16, torch.float16), "two scales lie in a word"
     n, width = packed.shape[0], 8 * packed.shape[1]
     tiles, units, group = triton.cdiv(n, TILE), triton.cdiv(width, UNIT), width // scale.shape[1]
     groups = max(1, UNIT // group)
@@ -111,6 +112,7 @@ def pack_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Te
 
 def pack_int8(weight: Tensor, scale: Tensor, bias: Tensor | None) -> PackedLinear:
     """Return the linear of int8 weights as `quantize.int8` has them: weight [out, in] int8, scale [out, 1] as above."""
+    assert scale.dtype in (torch.bfloat16, torch.float16), "two scales lie in a word"
     n, width = weight.shape
     tiles, units = triton.cdiv(n, TILE), triton.cdiv(width, UNIT)
     words = torch.empty(tiles, units, 2 * PLANE, dtype=torch.int32, device=weight.device)

@@ -1,7 +1,10 @@
 """The layout of int4 and int8 weights in GPU memory: golden bytes, and back to what was packed."""
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastgen.kernels.packed import Form, PackedLinear, form_of, pack_int4, pack_int8, unpack
 from quantize import int4, int8
@@ -56,6 +59,34 @@ def check_golden_bytes() -> None:
     assert linear.scales.cpu().view(torch.float16).flatten().tolist()[:4] == [1.0, 9.0, 2.0, 10.0]
 
 
+def check_every_byte_of_many_tiles() -> None:
+    """A matrix of 24 x 192, groups of 64, as the module's docstring has it: two tiles, two units, filled with zeros."""
+    torch.manual_seed(0)
+    q = torch.randint(-8, 8, (24, 192), dtype=torch.int8, device=DEVICE)
+    scale = torch.rand(24, 3, device=DEVICE, dtype=torch.float16)
+    zero_point = torch.randint(-8, 8, (24, 3), dtype=torch.int8, device=DEVICE)
+    linear = pack_int4(int4.pack(q), scale, zero_point, None)
+    assert linear.words.shape == (2, 2, 256) and linear.scales.shape == (2, 2, 2 * 8 + 2 * 2)
+    weights, scales, zeros = (
+        F.pad(q + 8, (0, 64, 0, 8)),
+        F.pad(scale, (0, 1, 0, 8)),
+        F.pad(zero_point + 8, (0, 1, 0, 8)),
+    )
+    found, tails = linear.words.cpu().view(torch.uint8).view(2, 2, 2, 8, 4, 4, 4), linear.scales.cpu()
+    for tile, unit, g in itertools.product(range(2), range(2), range(8)):
+        low, high = 8 * tile + g, 16 + 8 * tile + g
+        for c, t, i, byte in itertools.product(range(2), range(4), range(4), range(4)):
+            k = 128 * unit + 64 * c + 32 * (i // 2) + 8 * t + 4 * (i % 2) + byte
+            assert found[tile, unit, c, g, t, i, byte] == weights[low, k].item() | weights[high, k].item() << 4
+        tail = tails[tile, unit]
+        for group in range(2):
+            place, of_unit = 16 * group + 2 * g, 2 * unit + group
+            assert tail[:16].view(torch.float16)[place] == scales[low, of_unit].item()
+            assert tail[:16].view(torch.float16)[place + 1] == scales[high, of_unit].item()
+            both = zeros[low, of_unit].item() | zeros[high, of_unit].item() << 4
+            assert tail[16:].view(torch.uint8)[8 * group + g] == both
+
+
 def check_round_trip(out: int, width: int, group: int) -> None:
     for zeros in (False, True):
         linear, exact = random_int4(out, width, group, zeros)
@@ -77,6 +108,11 @@ def test_golden_bytes_in_the_interpreter() -> None:
 
 
 @in_interpreter
+def test_every_byte_of_many_tiles_in_the_interpreter() -> None:
+    check_every_byte_of_many_tiles()
+
+
+@in_interpreter
 @pytest.mark.parametrize(("out", "width", "group"), SHAPES[:4])
 def test_packed_weights_come_back_in_the_interpreter(out: int, width: int, group: int) -> None:
     check_round_trip(out, width, group)
@@ -85,6 +121,11 @@ def test_packed_weights_come_back_in_the_interpreter(out: int, width: int, group
 @on_gpu
 def test_golden_bytes() -> None:
     check_golden_bytes()
+
+
+@on_gpu
+def test_every_byte_of_many_tiles() -> None:
+    check_every_byte_of_many_tiles()
 
 
 @on_gpu
