@@ -33,7 +33,7 @@ Call = Callable[[Any, Any], Tensor]
 """A stage of a namespace of stages, on one `fastgen.model.Block`."""
 
 
-class _Stage(NamedTuple):
+class TimedStage(NamedTuple):
     """How a stage is called, the bytes that a call must read, and something of its output's shape."""
 
     call: Call
@@ -66,7 +66,7 @@ def time_stages(model: LoadedModel, *, filled: int, tokens: int, limit: float, p
     transformer = model.transformer
     transformer.allocate_cache(1, filled + tokens)
     layers, found = list(transformer.layers), []
-    timed = _stages(model, filled, tokens)
+    timed = stages_of(model, filled, tokens)
     whole = _step_without(model, timed, None, filled, tokens)
     for name, stage in timed.items():
         chain, calls = (layers[:1] * HEADS, 1) if name == "greedy_head" else (layers, len(layers))
@@ -99,7 +99,9 @@ def _peers(model: LoadedModel, call: Call, chain: list[nn.Module]) -> tuple[floa
     return 1e6 / len(chain) * eager, 1e6 / len(chain) * _seconds(model, lambda: [compiled(b) for b in chain])
 
 
-def _step_without(model: LoadedModel, timed: dict[str, _Stage], name: str | None, filled: int, tokens: int) -> float:
+def _step_without(
+    model: LoadedModel, timed: dict[str, TimedStage], name: str | None, filled: int, tokens: int
+) -> float:
     """Return the seconds of a step of stages of which one does nothing: its output is there already."""
     transformer, stages = model.transformer, model.transformer.stages
     kept = SimpleNamespace(**{each: getattr(stages, each) for each in Stages.__annotations__})
@@ -117,7 +119,7 @@ def _step_without(model: LoadedModel, timed: dict[str, _Stage], name: str | None
         transformer.stages = stages
 
 
-def _stages(model: LoadedModel, filled: int, tokens: int) -> dict[str, _Stage]:
+def stages_of(model: LoadedModel, filled: int, tokens: int) -> dict[str, TimedStage]:
     """Return what can be timed of a step, in its order."""
     config, device, dtype = model.transformer.config, model.placement.device, model.placement.dtype
     x, y, h, qkv = (
@@ -138,16 +140,16 @@ def _stages(model: LoadedModel, filled: int, tokens: int) -> dict[str, _Stage]:
         )
 
     return {
-        "norm_linear": _Stage(
+        "norm_linear": TimedStage(
             lambda stages, b: stages.norm_linear(x, b.attention_norm, b.wqkv), _bytes(block.wqkv), qkv
         ),
-        "attend": _Stage(attend, kv, y),
-        "linear_add wo": _Stage(lambda stages, b: stages.linear_add(y, b.wo, x), _bytes(block.wo), x),
-        "norm_swiglu": _Stage(
+        "attend": TimedStage(attend, kv, y),
+        "linear_add wo": TimedStage(lambda stages, b: stages.linear_add(y, b.wo, x), _bytes(block.wo), x),
+        "norm_swiglu": TimedStage(
             lambda stages, b: stages.norm_swiglu(x, b.ffn_norm, b.w_gate_up), _bytes(block.w_gate_up), h
         ),
-        "linear_add w_down": _Stage(lambda stages, b: stages.linear_add(h, b.w_down, x), _bytes(block.w_down), x),
-        "greedy_head": _Stage(lambda stages, _: stages.greedy_head(x, norm, lm_head), _bytes(lm_head), ids),
+        "linear_add w_down": TimedStage(lambda stages, b: stages.linear_add(h, b.w_down, x), _bytes(block.w_down), x),
+        "greedy_head": TimedStage(lambda stages, _: stages.greedy_head(x, norm, lm_head), _bytes(lm_head), ids),
     }
 
 
