@@ -250,8 +250,7 @@ def _trace_of(config: BenchConfig, model: "LoadedModel", limit: float) -> Iterat
     from fastgen.step_trace import trace_step
 
     filled = _filled(config)
-    yield {"trace": trace_step(model, filled=filled)}
-    yield {"traces": {tokens: trace_step(model, filled=filled, tokens=tokens) for tokens in (2, 8, 16)}}
+    yield {"traces": {tokens: trace_step(model, filled=filled, tokens=tokens) for tokens in (1, 2, 8, 16)}}
 
 
 def _filled(config: BenchConfig) -> int:

@@ -280,11 +280,16 @@ class Engine:
         rows = self._rows(lengths, prompts, samples, options.sampling)
         hidden = self._prefill(self._steps, prompts, start, lengths)
         choice = self._steps.choose(hidden, rows, options.sampling, logprobs=options.logprobs)
+        rows = rows._replace(token=choice.token)
+        self._prepare(rows, prompts, options)
         synchronize(self.device)
         timings.prefilled = time.perf_counter()
         timings.prefilled_tokens = max(map(len, prompts)) - start
         self._texts = list(map(list, prompts))
-        return rows._replace(token=choice.token), choice
+        return rows, choice
+
+    def _prepare(self, rows: Rows, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> None:
+        """Begin what else must be done before texts of these rows, which hold their first tokens, are decoded."""
 
     def _decode(self, rows: Rows, first: Choice, filled: int, options: GenerationOptions) -> Iterator[StepTokens]:
         """Yield the first token of every text and those that follow, without end; `filled` is the longest prompt."""

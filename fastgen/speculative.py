@@ -216,14 +216,15 @@ class SpeculativeEngine(Engine):
         self, prompts: Sequence[Sequence[int]], options: GenerationOptions, samples: Sequence[int]
     ) -> tuple[Rows, Choice]:
         self._calibrate(options)
-        rows, first = super()._begin(prompts, options, samples)
-        rows.text.scatter_(1, rows.positions[:, None], first.token[:, None])
+        return super()._begin(prompts, options, samples)
+
+    def _prepare(self, rows: Rows, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> None:
+        """Write the first tokens to where they stand, and show the draft the prompts: that is prefill too."""
+        rows.text.scatter_(1, rows.positions[:, None], rows.token[:, None])
         self._start(rows, options)
         self._behind = True
-        self._show_draft(self._missed(max(map(len, prompts))))  # as the target was, before the first token is there
-        synchronize(self.device)
-        self.timings.prefilled = time.perf_counter()
-        return rows, first
+        self._show_draft(self._missed(max(map(len, prompts))))
+        self._drafted = min(map(len, prompts))
 
     def _reusable(self, prompts: Sequence[Sequence[int]]) -> int:
         shared = super()._reusable(prompts)
@@ -251,6 +252,7 @@ class SpeculativeEngine(Engine):
             for done, its_launch in readback.push(round_, launch):
                 # A device that had to wait for the next round waited because this one was so short.
                 end = launch.end if launch is its_launch else launch.start
+                assert end, "results that do not lag are a CPU's, which marks every end"
                 counts = self._take(done, its_launch, end, queues)
                 places = [place + count for place, count in zip(places, counts, strict=True)]
                 if not self._behind:
@@ -301,8 +303,8 @@ class SpeculativeEngine(Engine):
         width = width_of(arm.drafts)
         done = self._rounds.verify(width, filled, options.sampling, logprobs=options.logprobs)
         widths = tuple(width for _, width in missed)
-        # On a GPU the next round's start is a plain one's end.
-        end = start if arm == PLAIN and start.device else mark(self.device)
+        # A mark takes a GPU some microseconds, and there the next round's start is the end that `_decode` goes by.
+        end = None if arm == PLAIN and start.device else mark(self.device)
         return done, Launch(arm, done.tokens.shape[1], widths, start, shown, drafted, end)
 
     def _most_filled(self) -> int:

@@ -1,6 +1,6 @@
 """What a decode step is made of on CUDA: its kernels in a trace, and the edges between them in its graph.
 
-    trace_step(model, filled=105)
+    trace_step(model, filled=105, tokens=1)
 
 A programmatic edge lets a kernel start before the one ahead has ended (programmatic dependent launch): its first
 copies then overlap the other's end. How many there are, the driver says (`cuGraphGetEdges`, CUDA 12.3 and later);
@@ -27,7 +27,7 @@ class Kernel(NamedTuple):
     end: float
 
 
-def trace_step(model: LoadedModel, *, filled: int, tokens: int = 1) -> dict[str, object]:
+def trace_step(model: LoadedModel, *, filled: int, tokens: int) -> dict[str, object]:
     """Return the kernels of one greedy step of `tokens` tokens behind `filled` on CUDA: see `describe`, and the edges
     of its graph."""
     graph = capture_step(model, filled=filled, tokens=tokens)

@@ -19,7 +19,7 @@ class Launch(NamedTuple):
     start: Mark
     shown: Mark
     drafted: Mark
-    end: Mark
+    end: Mark | None  # of a plain round on a GPU nobody marks it
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Tally:
         self.arms[launch.arm] += 1
         if launch.arm == PLAIN:
             return
+        assert launch.end, "rounds with drafts have their end marked"
         self.draft_seconds.append(launch.shown.until(launch.drafted))
         self.verify_seconds.append(launch.drafted.until(launch.end))
         for count in counts:

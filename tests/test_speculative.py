@@ -171,6 +171,28 @@ def test_a_draft_catches_up_after_rounds_without_it(
     assert shown in engine.pace.asked and [] in engine.pace.asked
 
 
+@pytest.mark.parametrize("lengths", [(33,), (3, 40)])
+def test_a_prompt_is_prefill_for_the_draft_too_and_is_shown_once(target: LoadedModel, lengths: tuple[int, ...]) -> None:
+    engine = SpeculativeEngine(
+        target, Speculation(draft=random_model(), count=3), batch=len(lengths), max_seq_len=CAPACITY
+    )
+    engine.pace, shown, show = Turns(2), list[tuple[int, int]](), engine._rounds.show
+
+    def observed(drafter: int, start: int, width: int) -> None:
+        shown.append((start, width))
+        show(drafter, start, width)
+
+    engine._rounds.show = observed
+    steps = engine.tokens([text_of(length, 5) for length in lengths], GREEDY, samples=range(len(lengths)))
+    next(steps)
+    longest, shortest = -(-max(lengths) // 16) * 16, min(lengths)
+    assert shown == [(start, 16) for start in range(0, longest, 16)], "before there is a first token"
+    shown.clear()
+    for _ in range(3):  # two plain rounds, and what one with drafts begins with
+        next(steps)
+    assert shown[0] == (shortest, 16), "what rounds without the draft may have moved on from, nothing before"
+
+
 def test_a_draft_catches_up_beside_a_text_that_is_full(target: LoadedModel) -> None:
     """A text that has ended goes on giving tokens while others do not; the draft is shown none that do not fit."""
     engine = SpeculativeEngine(target, Speculation(draft=random_model(), count=3), batch=2, max_seq_len=48)

@@ -105,7 +105,7 @@ def test_a_step_on_a_gpu_is_kernels_whose_edges_let_them_start_early() -> None:
     use_kernels(model, "fused", compile=True)
     rows = time_stages(model, filled=20, tokens=1, limit=4000.0, peers=True)
     assert all(row.us > 0 and row.eager_us and row.compiled_us for row in rows)
-    trace = trace_step(model, filled=20)
+    trace = trace_step(model, filled=20, tokens=1)
     assert trace["count"] > 0
     assert 0 < trace["span_us"] < 1e5
     if trace["count"] > 1 and torch.cuda.get_device_capability() >= (9, 0):

@@ -7,8 +7,8 @@ square): of normally distributed ones to about a fortieth of what bf16's roundin
 larger than all others together, 1,376 of them (K = 11,008) add up to a third of what bf16's rounding of the result
 does, over all rows; in rows that hardly weigh that one, to several times as much.
 
-The digits of one token, or of few narrow ones, lie in shared memory, made by every program (`stage_token`,
-`stage_tokens`); those of more are made by a kernel before it (`prepare_kernel`). All serve as the columns of
+The digits of one token, or of a few, lie in shared memory, made by every program of a product (`stage_token`,
+`stage_tokens`); those of more are made by a kernel before the product (`prepare_kernel`). All serve as the columns of
 mma.m16n8k32: of one token, the digits are columns of one product; of several, each digit takes a product of its own,
 with eight tokens as columns. Because products and sums of integers are exact, nothing here has an order, and a token's
 bits do not depend on the others.
@@ -341,7 +341,8 @@ def load_token(digits_at, sums_at, GROUPS: gl.constexpr):
 
 @gluon.jit
 def load_tokens(digits_at, sums_at, AT: gl.constexpr, GROUPS: gl.constexpr, SETS: gl.constexpr):
-    """Return what a lane needs of a unit that `prepare_kernel` left: eight words of digits a product, and the sums.
+    """Return what a lane needs of a unit that `prepare_kernel` or `stage_tokens` left: eight words of digits a product,
+    and the sums.
 
     The unit begins AT bytes behind digits_at less 16 lanes and sums_at less 8 t. sums[product][group] holds minus the
     sums for the lane's two columns.

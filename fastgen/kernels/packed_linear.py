@@ -1,5 +1,5 @@
-"""The stages whose linear has int4 or int8 weights, for up to 16 tokens in one launch each; where tokens are many or
-wide one more prepares them, and widths that 128 does not divide are padded before.
+"""The stages whose linear has int4 or int8 weights, for up to 16 tokens in one launch each; more than four tokens, or
+wide ones (`choose`), take one more, which prepares them, and widths that 128 does not divide are padded before.
 
 `packed_linear` is norm_linear, linear_add and head: y = W rms_norm(x) + b + r, each part optional. `packed_swiglu` is
 norm_swiglu and `packed_greedy_head` the head with its argmax. How: `fastgen.kernels.packed_product`; what `words` and
@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastgen.kernels import launch
-from fastgen.kernels.fixed_point import WARPS, digit_bytes, pieces_of, prepare_kernel, preparing_warps
+from fastgen.kernels.fixed_point import WARPS, digit_bytes, prepare_kernel, preparing_warps
 from fastgen.kernels.head import pick_token_kernel
 from fastgen.kernels.packed import TILE, UNIT, Form, form_of
 from fastgen.kernels.packed_product import fixed_bytes, slot_bytes, stream_packed
@@ -70,11 +70,12 @@ BEFORE_WAIT = 32 << 10
 """Bytes of weights that a program asks for before it waits, about; the rest, behind x, shall not delay that."""
 
 EARLY_SHARE = 1 / 4
-"""The same where `prepare_kernel` runs meanwhile, as a share of the program's weights: more delays that, less is
-missing later. Of a 7B model's stages in int4, wo and gate/up are 0.8 and 1.6 us slower with all and with one slot."""
+"""The same where `prepare_kernel` runs meanwhile, as a share of the program's weights. Copies in flight delay that
+kernel, and those that begin later are waited for: at 8 tokens of a 7B model in int4 on an H200, wo, 62 KiB a program,
+took 5.7 us with the whole ring and 4.9 us with one slot of it, gate/up, 333 KiB, 14.4 and 16.1 us."""
 
-MOST_STAGED = 4
-"""Tokens whose digits every program makes; of K up to 2048 half as many, for those that are made before cost less."""
+MOST_STAGED, NARROW = 4, 2048
+"""Tokens whose digits every program makes, and up to which K half as many: for more, `prepare_kernel` is faster."""
 
 
 @torch.library.custom_op("fastgen::packed_linear", mutates_args=())
@@ -137,7 +138,7 @@ def launch_packed(
     kernel: Any, x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scales: Tensor, n: int,
     *, bias: Tensor | None, more: Mapping[str, Any] = MappingProxyType({}), **of_tokens: Tensor | None,
 ) -> None:  # fmt: skip
-    """Launch a kernel of `stream_packed`, and before it what several tokens need.
+    """Launch a kernel of `stream_packed`, and before it what prepares tokens that are many or wide.
 
     `of_tokens` have a row a token; a kernel that gets `more` is launched where `is_one_launch` alone.
     """
@@ -193,26 +194,35 @@ def choose(form: Form, width: int, tokens: int, memory: int, tiles_each: float) 
 
     Args:
         memory: shared memory of a program, in KiB.
-        tiles_each: tiles of a multiprocessor. x of more than eight tokens is kept where a program would read it more
-            than twice: through the ring it takes as much of what L2 gives as int8 weights, and twice as much as int4's
-            (for fewer tokens it was no faster on an H200).
+        tiles_each: tiles of a multiprocessor.
     """
     alone, *several = SHAPES[4 * form.planes]
-    units = triton.cdiv(width, UNIT)
-    slots = _ring_slots(form, width, 0, alone, memory, kept=True)
+    slots = _ring_slots(form, width, 0, alone, memory, kept=True, staged=True)
     if tokens == 1 and slots >= 3:
         return Choice(0, alone, slots, _before_wait(form, 0, alone, slots), kept=True, staged=True)
     sets = triton.cdiv(tokens, 8)
-    shape = several[sets - 1]
-    whole = shape._replace(memory=memory)
-    slots = _ring_slots(form, width, sets, whole, memory, kept=True)
-    if 1 < tokens <= min(MOST_STAGED, MOST_STAGED // 2 * pieces_of(units)) and slots >= 3:
-        return Choice(sets, whole, slots, _before_wait(form, sets, whole, slots), kept=True, staged=True)
+    shape = several[sets - 1]._replace(memory=memory)
+    slots = _ring_slots(form, width, sets, shape, memory, kept=True, staged=True)
+    most = MOST_STAGED if width > NARROW else MOST_STAGED // 2
+    if 1 < tokens <= most and slots >= 3:
+        return Choice(sets, shape, slots, _before_wait(form, sets, shape, slots), kept=True, staged=True)
+    return _of_prepared(form, width, sets, several[sets - 1], memory, tiles_each)
+
+
+def _of_prepared(form: Form, width: int, sets: int, shape: Shape, memory: int, tiles_each: float) -> Choice:
+    """Return how to multiply tokens that `prepare_kernel` prepares.
+
+    x of more than eight is kept where a program would read it more than twice: through the ring it takes as much of
+    what L2 gives as int8 weights, and twice as much as int4's (for fewer tokens, and with fewer slots, it was no faster
+    on an H200).
+    """
     while shape.tiles > 1 and _ring_slots(form, width, sets, shape, memory, kept=False) < 2:
         shape = shape._replace(tiles=shape.tiles // 2)
+    slots = _ring_slots(form, width, sets, shape._replace(memory=memory), memory, kept=True)
     kept = sets == 2 and tiles_each > 2 * shape.tiles and slots >= 3
     if not kept:
         slots = _ring_slots(form, width, sets, shape, memory, kept=False)
+    units = triton.cdiv(width, UNIT)
     early = max(1, min(slots - 1, round(EARLY_SHARE * tiles_each * units / (WARPS.value * shape.tiles))))
     if kept:  # `stream_packed` puts a turn's x and weights into one group of copies
         early = min(early, triton.cdiv(units, WARPS.value))
@@ -225,8 +235,10 @@ def _before_wait(form: Form, sets: int, shape: Shape, slots: int) -> int:
     return min(slots - 1, max(1, round(BEFORE_WAIT / slot)))
 
 
-def _ring_slots(form: Form, width: int, sets: int, shape: Shape, memory: int, *, kept: bool) -> int:
-    left = min(shape.memory, memory) * 1024 - fixed_bytes(width, form.groups, sets, shape.tiles, kept)
+def _ring_slots(
+    form: Form, width: int, sets: int, shape: Shape, memory: int, *, kept: bool, staged: bool = False
+) -> int:  # fmt: skip
+    left = min(shape.memory, memory) * 1024 - fixed_bytes(width, form.groups, sets, shape.tiles, kept, staged)
     return int(left // (WARPS.value * slot_bytes(*form, sets, shape.tiles, kept)))
 
 

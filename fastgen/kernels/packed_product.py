@@ -10,9 +10,9 @@ and mma.m16n8k32 multiplies 16 rows of weights with 8 columns of digits exactly.
   others gets the bits that it gets alone.
 - A warp takes every WARPS-th unit of 128 columns of the program's tiles, through a ring of its own in shared memory
   that no other warp waits for; after R tiles the warps' sums are added in order, across one barrier.
-- Under programmatic dependent launch the ring is filled before the program waits for the kernel ahead of it, and the
-  next kernel is let start right behind the wait. A program takes so much shared memory that a second one does not fit:
-  where two fit, some multiprocessors get two and others none.
+- Under programmatic dependent launch a part of the ring is filled before the program waits for the kernel ahead of it,
+  and the next kernel is let start right behind the wait. A program takes so much shared memory that a second one does
+  not fit: where two fit, some multiprocessors get two and others none.
 
 Gluon is Triton with explicit layouts. Letters: T tokens, n rows of the output, K width of the input, R tiles of 16
 rows in a slot of the ring; a turn is one slot.
@@ -80,9 +80,14 @@ def slot_bytes(planes, groups, zeros, sets, tiles, kept):
 
 
 @gluon.constexpr_function
-def fixed_bytes(width, groups, sets, tiles, kept):
-    """Return the shared memory beside the ring: the warps' sums twice, their factors and squares, x if it is kept."""
-    x = pieces_of((width + 127) // 128) * 2 * WARPS.value * digit_bytes(groups, sets) if kept else 0
+def fixed_bytes(width, groups, sets, tiles, kept, staged):
+    """Return the shared memory beside the ring: the warps' sums twice, their factors and squares, x if it is kept.
+
+    Programs that make x's digits fill whole pieces.
+    """
+    step = 2 * WARPS.value if staged else WARPS.value
+    units = ((width + 127) // 128 + step - 1) // step * step
+    x = units * digit_bytes(groups, sets) if kept else 0
     of_columns = 8 * WARPS.value * max(1, 8 * sets)
     return (2 * WARPS.value * sums_bytes(tiles, sets) + of_columns + 127) // 128 * 128 + (x + 127) // 128 * 128
 
@@ -267,8 +272,8 @@ def stream_packed(  # noqa: PLR0912, PLR0915
     SLOT: gl.constexpr = slot_bytes(PLANES, GROUPS, ZEROS, SETS, R, KEPT)
     X_AT: gl.constexpr = 0 if KEPT else slot_bytes(PLANES, GROUPS, ZEROS, SETS, R, True)
     SUMS: gl.constexpr = sums_bytes(R, SETS)
-    FIXED: gl.constexpr = fixed_bytes(WIDTH, GROUPS, SETS, R, KEPT)
     STAGED: gl.constexpr = factors is None
+    FIXED: gl.constexpr = fixed_bytes(WIDTH, GROUPS, SETS, R, KEPT, STAGED)
     REST: gl.constexpr = STAGES - 1 - EARLY
     PAIRS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane, warp = lane_of(WARPS)
@@ -297,7 +302,6 @@ def stream_packed(  # noqa: PLR0912, PLR0915
         rows = touched + rows[1:]
         if SETS > 0:
             stage_tokens(x, rows, gains, tokens, x_at, factors_at, squares_at, UNITS, GROUPS, SETS, BF16)
-            warp_barrier()
         else:
             values = scaled(rows[0], gains, BF16)
             power, factor = power_of(reduced(peak_of(values), "max.u32"))

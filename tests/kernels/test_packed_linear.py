@@ -195,12 +195,35 @@ def test_eight_tokens_fit_every_gpu_and_sixteen_the_larger_ones(memory: int) -> 
                 for tiles in (1, 100):
                     chosen = packed_linear.choose(form, width, tokens, memory, tiles)
                     assert chosen.slots >= 2 or (tokens == 16 and memory == 99)
+                    assert chosen.slots < 2 or 1 <= chosen.early < chosen.slots
+                    assert chosen.staged or not chosen.kept or chosen.early <= triton.cdiv(width, 8 * 128)
                     room = memory * 1024 - packed_product.fixed_bytes(
-                        width, form.groups, chosen.sets, chosen.shape.tiles, chosen.kept
+                        width, form.groups, chosen.sets, chosen.shape.tiles, chosen.kept, chosen.staged
                     )
                     assert room >= fixed_point.WARPS.value * chosen.slots * packed_product.slot_bytes(
                         *form, chosen.sets, chosen.shape.tiles, chosen.kept
                     )  # fmt: skip
+
+
+def test_few_tokens_are_prepared_by_every_program_and_more_before() -> None:
+    """As measured on an H200, by width and tokens: int4 in groups of 128, five tiles a multiprocessor."""
+    form = Form(1, 1, True)
+    staged = {
+        width: [tokens for tokens in range(1, 17) if packed_linear.choose(form, width, tokens, 227, 5).staged]
+        for width in (2048, 4096, 8192, 11008)
+    }
+    assert staged == {2048: [1, 2], 4096: [1, 2, 3, 4], 8192: [1, 2, 3, 4], 11008: [1]}
+
+
+def test_more_of_a_ring_is_asked_for_early_the_more_weights_a_program_has() -> None:
+    """wo, qkv and gate/up of a 7B model at 8 tokens, on 132 multiprocessors."""
+    chosen = [packed_linear.choose(Form(1, 1, True), 4096, 8, 227, n / 16 / 132) for n in (4096, 12288, 22016)]
+    assert [(how.early, how.slots) for how in chosen] == [(1, 5), (3, 5), (4, 5)]
+
+
+def test_prepared_tokens_keep_their_places_where_little_memory_is_left() -> None:
+    assert packed_linear.choose(Form(2, 0, False), 3072, 16, 227, 10).kept
+    assert packed_linear.choose(Form(1, 1, True), 512, 16, 99, 10).slots >= 2
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -262,7 +285,7 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_barrier(
     ptx, copied = compiled.asm["ptx"], "cp.async.cg.shared.global"
     assert support.usage(compiled)["STACK"] == 0, "no register is spilled"
     slot = packed_product.slot_bytes(*form, sets, shape.tiles, kept)
-    memory = packed_product.fixed_bytes(4096, form.groups, sets, shape.tiles, kept)
+    memory = packed_product.fixed_bytes(4096, form.groups, sets, shape.tiles, kept, staged)
     memory += fixed_point.WARPS.value * slots * slot
     assert compiled.metadata.shared == triton.cdiv(memory, 1024) * 1024, "nothing else lies in shared memory"
     copies = 2 * form.planes * shape.tiles + (1 if form.groups else 0)

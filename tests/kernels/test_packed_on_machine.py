@@ -32,15 +32,17 @@ def linear(
 @compiled_ahead
 @pytest.mark.usefixtures("packed_on_machine")
 @pytest.mark.parametrize(
-    ("form", "width", "dtype", "processors"),
+    ("form", "width", "dtype", "processors", "early"),
     [
-        ("int8", 640, torch.bfloat16, 2), ("g128 zeros", 2304, torch.bfloat16, 2),
-        ("g32 zeros", 1248, torch.float16, 2), ("int8", 640, torch.float16, 1), ("g128", 1152, torch.bfloat16, 1),
+        ("int8", 640, torch.bfloat16, 2, 4), ("g128 zeros", 2304, torch.bfloat16, 2, 1 / 4),
+        ("g32 zeros", 1248, torch.float16, 2, 1 / 4), ("int8", 640, torch.float16, 1, 4),
+        ("g128", 1152, torch.bfloat16, 1, 4), ("g128", 1152, torch.bfloat16, 1, 1 / 4),
     ],
 )  # fmt: skip
 def test_on_the_machine_packed_weights_give_the_same_bits_for_any_tokens(
-    form: str, width: int, dtype: torch.dtype, processors: int, monkeypatch: pytest.MonkeyPatch
+    form: str, width: int, dtype: torch.dtype, processors: int, early: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(packed_linear, "EARLY_SHARE", early)
     monkeypatch.setattr(launch, "processors", lambda device: processors)
     monkeypatch.setattr(packed_linear, "MOST_STAGED", 0)
     torch.manual_seed(0)
