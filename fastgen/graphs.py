@@ -8,7 +8,9 @@ A graph of several steps costs one launch, so the host keeps ahead of models who
 millisecond. What was decoded behind the end of a text is thrown away.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -67,12 +69,24 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(stream)
         pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with without_collection(), torch.cuda.graph(graph, pool=pool):
             result = work()
         self._pool = pool  # not before: a pool without a graph takes no other
         for tensor, before in zip(state, saved, strict=True):
             tensor.copy_(before)
         return graph, result
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Let Python collect no garbage: a CUDA graph may be among it, and destroying one spoils a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class GraphDecoder:

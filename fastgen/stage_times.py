@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastgen.graphs import without_collection
 from fastgen.kernels import reference
 from fastgen.kernels.reference import Step
 from fastgen.load import LoadedModel
@@ -246,7 +247,7 @@ def _capture(function: Callable[[], object], *, keep_graph: bool = False) -> tor
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
-    with torch.cuda.graph(graph):
+    with without_collection(), torch.cuda.graph(graph):
         function()
     graph.replay()
     torch.cuda.synchronize()

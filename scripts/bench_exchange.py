@@ -29,6 +29,7 @@ from fastgen.kernels.packed import pack_int8
 from fastgen.report import versions
 from quantize import int8
 from tp.dist import Ranks, join
+from tp.watch import process_watch
 
 SIZES = [(1, 4096), (1, 8192), (4, 4096), (4, 8192), (16, 8192)]  # tokens, width
 CHAIN, REPLAYS = 64, 50
@@ -230,4 +231,5 @@ def microseconds(step: Callable[[Tensor], Tensor], residual: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with process_watch():
+        main()

@@ -27,6 +27,7 @@ from fastgen.report import versions
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
 from tp.dist import Ranks, join
+from tp.watch import process_watch
 
 FORMATS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -163,4 +164,5 @@ def logits(model: LoadedModel, text: list[int]) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    with process_watch():
+        main()

@@ -1,6 +1,8 @@
 """What graphs are kept for, and where rows lie that graphs read; captures are CUDA's and are stood in for here."""
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -56,3 +58,21 @@ def test_there_is_a_graph_for_every_bound_and_choice_and_the_smallest_that_holds
     decoder.forget()
     decoder.decode(256, "greedy", logprobs=False)
     assert decoder.captures == 6
+
+
+def test_no_garbage_is_collected_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Garbage may hold another graph, whose end would spoil the capture: on several ranks it did."""
+
+    @contextlib.contextmanager
+    def capture(graph: object, pool: object = None) -> Iterator[None]:
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "graph_pool_handle": lambda: None,
+        "stream": lambda stream: contextlib.nullcontext(), "CUDAGraph": SimpleNamespace, "graph": capture,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    collecting: list[bool] = []
+    Graphs()._capture(lambda: collecting.append(gc.isenabled()), [])
+    assert collecting == [True, False] and gc.isenabled()

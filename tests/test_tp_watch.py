@@ -171,6 +171,66 @@ def test_ranks_that_were_all_stopped_together_go_on(tmp_path: Path) -> None:
         assert ranks.ended() == [0, 0] and ranks.told() == ["", ""]
 
 
+STUCK = "import ctypes; watch.at('decode'); ctypes.PyDLL(None).sleep(40)"
+"""Holds the interpreter's lock, as a library may that waits for a GPU: its watch does not run either."""
+
+
+def test_ranks_that_are_stuck_end_with_the_one_that_fails(tmp_path: Path) -> None:
+    with crew(tmp_path, STUCK, "watch.at('decode'); sleep(1); raise ValueError('no')", STUCK, timeout=60.0) as ranks:
+        begin = time.monotonic()
+        assert ranks.ended() == [-9, 1, -9]
+        assert ranks.told() == ["", "fastgen: rank 1 of 3 failed in decode: ValueError: no\n", ""]
+        assert time.monotonic() - begin < 12, "a second, five for the end, and the start of a busy machine"
+
+
+def test_ranks_that_are_all_stuck_are_ended_by_their_guards(tmp_path: Path) -> None:
+    with crew(tmp_path, STUCK, STUCK) as ranks:
+        assert ranks.ended() == [-9, -9]
+
+
+AGENT = """
+import subprocess, sys
+rank = '''
+import ctypes, signal
+from tp.guard import Guard
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+guard = Guard(60.0)
+print("stuck", flush=True)
+ctypes.PyDLL(None).sleep(40)
+'''
+with subprocess.Popen([sys.executable, "-c", rank], stdout=subprocess.PIPE, start_new_session=True) as process:
+    process.stdout.readline()
+    print(process.pid, flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["the agent dies", "torchrun ends its ranks"])
+def test_a_stuck_rank_is_ended_for_the_agent(how: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", AGENT], stdout=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout
+        rank = int(agent.stdout.readline())
+        time.sleep(0.5)
+        begin = time.monotonic()
+        try:
+            if how == "the agent dies":
+                agent.kill()
+            else:
+                os.killpg(rank, signal.SIGTERM)
+            while lives(rank):
+                assert time.monotonic() - begin < 5
+                time.sleep(0.05)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank, signal.SIGKILL)
+
+
+def lives(process: int) -> bool:
+    """Whether a process runs, or would if it were let."""
+    with contextlib.suppress(OSError):
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    return False
+
+
 def test_a_rank_does_not_say_that_it_stood_still_while_it_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch()
     said = []

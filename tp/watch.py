@@ -9,8 +9,9 @@ connected to this thread of every other rank. It says every half second how far 
     rank 0 left                    it says so: Ctrl-C, say                                       at once
     torchrun died                  the kernel sends a signal (Linux), or the parent is another   at once
 
-with one message, by the lowest rank that still lives; a rank that is stopped is killed. It needs no torch, and imports
-nothing that takes long: until the ranks are connected, torchrun's own agent ends all when one ends.
+with one message, by the lowest rank that still lives; a rank that is stopped, or too stuck to say anything, is killed,
+by another or by its guard (`tp.guard`). It needs no torch, and imports nothing that takes long: until the ranks are
+connected, torchrun's own agent ends all when one ends.
 
 Messages are lines of JSON: {"at": [progress, phase, seconds since]}, {"share": value}, {"lost": [rank, what]},
 {"failed": [status, phase, message]}, {"left": status}.
@@ -36,6 +37,7 @@ from types import TracebackType
 from typing import Any
 
 from fastgen.errors import INTERRUPTED, RankLostError
+from tp.guard import Guard
 from tp.place import Place, place_from_environment
 
 PERIOD = 0.5
@@ -85,6 +87,7 @@ class Watch:
         self._deadline: tuple[float, int] | None = None  # when to end, and with which status
         self._parent = os.getppid()
         self._messages: int | None = None
+        self._guard: Guard | None = None
 
     def __enter__(self) -> "Watch":
         return self
@@ -150,6 +153,7 @@ class Watch:
             signal.signal(signal.SIGTERM, lambda number, frame: None)
             signal.signal(signal.SIGINT, self._on_interrupt)
             signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        self._guard = Guard(timeout)
         self.connected = True
         threading.Thread(target=self._run_or_end, daemon=True, name="watch").start()
 
@@ -193,7 +197,7 @@ class Watch:
     def fail(self, status: int, message: str) -> bool:
         """Tell the others that this rank ends with an error; returns whether all did, so that it is for rank 0 to say.
 
-        Where others live on, one of them has said it, and this process ends in here.
+        Where others live on, one of them has said it, and this process ends in here; so it does where they are stuck.
         """
         if not self.connected:
             return True
@@ -202,6 +206,8 @@ class Watch:
         self._count_failures()
         if self._all_failed.wait(3 * GRACE):
             return True
+        if not self._kill_silent() and self.place.rank == min(self._failures):
+            self._say(f"rank {self.place.rank} of {self.place.world} failed in {self._phase}: {message}")
         os._exit(status)
 
     def settle(self) -> None:
@@ -225,6 +231,8 @@ class Watch:
     def _run(self) -> None:
         woken = float("-inf")
         while True:
+            if self._guard:
+                self._guard.beat()
             events = self._selector.select(PERIOD)
             # One reading of the clock a turn: if we are stopped within the turn, nothing in it has become old.
             now = time.monotonic()
@@ -340,19 +348,29 @@ class Watch:
         self._end_lost(rank, what)
 
     def _end_lost(self, rank: int, what: str) -> None:
-        now = time.monotonic()
-        for other, peer in self._peers.items():
-            lost = other == rank or (not peer.gone and now - peer.heard > QUIET)
-            if lost and peer.machine == _machine():
-                with contextlib.suppress(OSError):
-                    os.kill(peer.pid, signal.SIGKILL)  # it may be stopped, and so hear nothing
+        self._kill_silent(rank)
         subject = f"rank {rank} of {self.place.world} " if rank >= 0 else ""
         self._end(f"{subject}{what}: all processes end", RankLostError.exit_status, 1 if rank == 0 else 0)
+
+    def _kill_silent(self, rank: int = -1) -> bool:
+        """Kill `rank`, and others of this machine that say nothing: stopped or stuck ones hear nothing either. Returns
+        whether there are others."""
+        now, live = time.monotonic(), False
+        for other, peer in self._peers.items():
+            lost = other == rank or (not peer.gone and now - peer.heard > QUIET)
+            live |= not lost and not peer.gone
+            if lost and peer.machine == _machine():
+                with contextlib.suppress(OSError):
+                    os.kill(peer.pid, signal.SIGKILL)
+        return live
+
+    def _say(self, message: str) -> None:
+        os.write(self._messages or 2, f"fastgen: {message}\n".encode())
 
     def _end(self, message: str, status: int, speaker: int) -> None:
         """End this process, once `speaker` has said why."""
         if self.place.rank == speaker:
-            os.write(self._messages or 2, f"fastgen: {message}\n".encode())
+            self._say(message)
         elif speaker in self._peers:
             speaking = self._peers[speaker].connection
             speaking.settimeout(GRACE)
