@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgen.device import describe
+from fastgen.graphs import without_collection
 from fastgen.kernels.exchange import Exchange, exchange
 from fastgen.kernels.linear_add import linear_add, partial_linear
 from fastgen.kernels.linear_sum import linear_sum_add, packed_sum_add
@@ -204,7 +205,7 @@ def captured(work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with without_collection(), torch.cuda.graph(graph):
         out = work()
     return graph, out
 

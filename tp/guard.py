@@ -5,9 +5,12 @@ waits for a rank that is gone, keeps that thread from running, and so does a pro
 it ends. So the watch gives a sign of life in every turn to a process that needs nothing of the rank's, and kills it
 
     torchrun tells the rank to end, or its agent died    after three seconds: the watch takes two
-    no sign of life for `timeout`                        then; a rank that is stopped, as by Ctrl-Z, is let be
+    no sign of life for `timeout`                        after three seconds more, which the other ranks' watches have
 
-    python -I -S tp/guard.py RANK AGENT TIMEOUT      # process numbers; signs of life come on stdin
+A rank that is stopped, as by Ctrl-Z, is let be (Linux). A rank that is stuck on one machine hears of a loss on another
+by its own agent, or by its silence.
+
+    python -I -S tp/guard.py RANK AGENT TIMEOUT NAME      # process numbers; signs of life come on stdin
 """
 
 import contextlib
@@ -20,16 +23,28 @@ import time
 from pathlib import Path
 
 PERIOD, PATIENCE = 0.5, 3.0
+LONG = 4 * PERIOD
+"""Seconds of a turn after which this process must have been stopped too, and the rank's silence means nothing."""
 
 
 class Guard:
-    """The rank's end of it."""
+    """The rank's end of it.
 
-    def __init__(self, timeout: float) -> None:
-        numbers = [os.getpid(), os.getppid(), timeout]
-        command = [sys.executable, "-I", "-S", __file__, *map(str, numbers)]
+    Args:
+        agent: the process number of the rank's parent.
+        name: what to call the rank in a message, which goes to the file `messages`; to none where that is None.
+    """
+
+    def __init__(self, agent: int, timeout: float, name: str, messages: int | None) -> None:
+        command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(agent), str(timeout), name]
         quiet = subprocess.DEVNULL  # else who reads what the rank says would wait for this process too
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, bufsize=0)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until the guard knows what to do with it
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet if messages is None else messages, bufsize=0
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         assert self._process.stdin, "it was asked for"
         self._signs = self._process.stdin.fileno()
         os.set_blocking(self._signs, False)
@@ -40,21 +55,28 @@ class Guard:
             os.write(self._signs, b".")
 
 
-def keep(rank: int, agent: int, timeout: float) -> None:
+def keep(rank: int, agent: int, timeout: float, name: str) -> None:
     """Return when the rank, this process's parent, has ended; end it where it must."""
     told: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which of the ranks hears Ctrl-C is the watch's affair
-    heard, deadline, listening = time.monotonic(), float("inf"), True
+    heard = woken = time.monotonic()
+    deadline, listening = float("inf"), True
     while os.getppid() == rank:
-        if select.select([0] if listening else [], [], [], PERIOD)[0]:
-            listening = bool(os.read(0, 4096))  # who ends closes it first, and may not get any further
-            heard = time.monotonic()
-        if _state(rank) == "T":
-            heard = time.monotonic()
+        alive = bool(select.select([0] if listening else [], [], [], PERIOD)[0])
+        if alive:
+            listening = bool(os.read(0, 4096))  # at the end of file there is nothing more to hear
+        now = time.monotonic()
+        if alive or now - woken > LONG or _state(rank) in ("T", "t"):
+            heard = now
+        woken = now
         if told or not _lives(agent):
-            deadline = min(deadline, time.monotonic() + PATIENCE)
-        if time.monotonic() > min(deadline, heard + timeout):
+            deadline = min(deadline, now + PATIENCE)
+        if now > min(deadline, heard + timeout + PATIENCE):
+            if now <= deadline:
+                sys.stderr.write(f"fastgen: {name} has given no sign of life for {timeout:.0f} s: it is ended\n")
+                sys.stderr.flush()
             os.kill(rank, signal.SIGKILL)
             return
 
@@ -77,4 +99,4 @@ def _state(process: int) -> str:
 
 
 if __name__ == "__main__":
-    keep(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    keep(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4])

@@ -30,7 +30,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +88,7 @@ class Watch:
         self._parent = os.getppid()
         self._messages: int | None = None
         self._guard: Guard | None = None
+        self._lost: set[int] = set()  # ranks that died, or said nothing and were killed
 
     def __enter__(self) -> "Watch":
         return self
@@ -95,9 +96,11 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, SystemExit):
+        if error is None:
+            self.leave(0)
+        elif isinstance(error, SystemExit):
             self.leave(error.code if isinstance(error.code, int) else 0)
-        elif error is not None:
+        else:
             self.settle()
             self.fail(1, f"{type(error).__name__}: {error}")
 
@@ -153,7 +156,9 @@ class Watch:
             signal.signal(signal.SIGTERM, lambda number, frame: None)
             signal.signal(signal.SIGINT, self._on_interrupt)
             signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        self._guard = Guard(timeout)
+        name = f"rank {self.place.rank} of {self.place.world}"
+        with contextlib.suppress(OSError):  # where there is no room for another process, the watch must do
+            self._guard = Guard(self._parent, timeout, name, self._messages if self.place.leads else None)
         self.connected = True
         threading.Thread(target=self._run_or_end, daemon=True, name="watch").start()
 
@@ -262,8 +267,10 @@ class Watch:
             data = b""
         if not data:
             self._selector.unregister(peer.connection)
-            if self.place.rank in self._failures and not self._all_failed.is_set():
-                os._exit(self._failures[self.place.rank][0])  # that one has told of our failure
+            if self.place.rank in self._failures:
+                if rank not in self._failures and time.monotonic() - peer.heard <= QUIET:
+                    os._exit(self._failures[self.place.rank][0])  # that one has told of our failure
+                return  # nobody has: `fail` goes on
             if not peer.gone:
                 self._lose(rank, f"died in {peer.phase}")
             return
@@ -303,6 +310,7 @@ class Watch:
             self._deadline = (time.monotonic() + GRACE, 128 + signal.SIGTERM)
         if signal.SIGINT in numbers and self.place.leads:
             if not self._interruptible:
+                self._kill_silent()
                 self.leave(INTERRUPTED)
                 os._exit(INTERRUPTED)
             self._interrupted = self._phase != INPUT
@@ -318,9 +326,12 @@ class Watch:
         status = self._deadline[1]
         if self._failures and self.place.rank not in self._failures:
             rank, (status, phase, message) = min(self._failures.items())
-            alive = [other for other in range(self.place.world) if other not in self._failures]
-            self._end(f"rank {rank} of {self.place.world} failed in {phase}: {message}", status, alive[0])
+            self._kill_silent()
+            text = f"rank {rank} of {self.place.world} failed in {phase}: {message}"
+            self._end(text, status, self._speaker(self._failures))
         if self.place.rank not in self._failures:
+            if status:
+                self._kill_silent()
             self.leave(status)
             os._exit(status)
 
@@ -350,19 +361,26 @@ class Watch:
     def _end_lost(self, rank: int, what: str) -> None:
         self._kill_silent(rank)
         subject = f"rank {rank} of {self.place.world} " if rank >= 0 else ""
-        self._end(f"{subject}{what}: all processes end", RankLostError.exit_status, 1 if rank == 0 else 0)
+        self._end(f"{subject}{what}: all processes end", RankLostError.exit_status, self._speaker([rank]))
 
     def _kill_silent(self, rank: int = -1) -> bool:
-        """Kill `rank`, and others of this machine that say nothing: stopped or stuck ones hear nothing either. Returns
-        whether there are others."""
-        now, live = time.monotonic(), False
-        for other, peer in self._peers.items():
-            lost = other == rank or (not peer.gone and now - peer.heard > QUIET)
-            live |= not lost and not peer.gone
-            if lost and peer.machine == _machine():
+        """Kill `rank` and those that say nothing, being stopped or stuck; return whether others live.
+
+        Only those of this machine can be killed. All are taken for lost before the first ends.
+        """
+        now, machine = time.monotonic(), _machine()
+        silent = {other for other, peer in self._peers.items() if not peer.gone and now - peer.heard > QUIET}
+        lost = silent | ({rank} & self._peers.keys())
+        self._lost |= lost
+        for peer in (self._peers[other] for other in lost):
+            if peer.machine == machine:
                 with contextlib.suppress(OSError):
                     os.kill(peer.pid, signal.SIGKILL)
-        return live
+        return any(not peer.gone for other, peer in self._peers.items() if other not in lost)
+
+    def _speaker(self, others: Iterable[int]) -> int:
+        """Return the lowest rank that is neither lost nor one of `others`."""
+        return min({*range(self.place.world)} - self._lost - {*others}, default=self.place.rank)
 
     def _say(self, message: str) -> None:
         os.write(self._messages or 2, f"fastgen: {message}\n".encode())
