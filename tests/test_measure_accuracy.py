@@ -3,8 +3,6 @@
 import re
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -16,6 +14,7 @@ from fastgen.fidelity import widened
 from fastgen.kernels import reference
 from fastgen.load import load_model
 from fastgen.model import Stages
+from tests.script_modules import load_script
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/measure_accuracy"
 
@@ -23,11 +22,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts/measure_accuracy"
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, which compiles nothing and continues its prompts by six tokens."""
-    loader = SourceFileLoader("measure_accuracy", str(SCRIPT))
-    spec = spec_from_loader("measure_accuracy", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
+    module = load_script("measure_accuracy")
     monkeypatch.setattr(module, "STEPS", 6)
     monkeypatch.setattr(module, "Engine", lambda model, *, max_seq_len, compile: Engine(model, max_seq_len=max_seq_len))
     return module

@@ -1,8 +1,6 @@
 """The measuring script's own arithmetic and ends: ratios to peers, limits, nothing that lives on."""
 
 import argparse
-import importlib.machinery
-import importlib.util
 import json
 import signal
 import subprocess
@@ -13,6 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.processes import lives
+from tests.script_modules import load_script
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/measure_decode"
 WRITE = "import pathlib, sys; pathlib.Path(sys.argv[2]).write_text('{\"records\": [1]}')"
@@ -34,17 +35,7 @@ time.sleep(60)
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("measure_decode", str(SCRIPT))
-    found = importlib.util.module_from_spec(importlib.util.spec_from_loader("measure_decode", loader))
-    loader.exec_module(found)
-    return found
-
-
-def lives(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return load_script("measure_decode")
 
 
 def until(happened: Callable[[], object]) -> None:

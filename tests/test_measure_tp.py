@@ -5,8 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 
 from fastgen.device import DTYPES, choose_placement
+from tests.script_modules import load_script
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "measure_tp"
 
@@ -35,11 +34,7 @@ for case in cases:
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, whose runs are `BENCH`'s."""
-    loader = SourceFileLoader("measure_tp", str(SCRIPT))
-    spec = spec_from_loader("measure_tp", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
+    module = load_script("measure_tp")
 
     def command(self: object, world: int, cases: list[str], output: Path) -> list[str]:
         return [sys.executable, "-S", "-c", BENCH, json.dumps(cases), str(output)]

@@ -1,8 +1,6 @@
 """The script that reads hardware counters: ncu's table, a record a launch; and what it says without ncu."""
 
 import csv
-import importlib.machinery
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +8,14 @@ from types import ModuleType
 
 import pytest
 
+from tests.script_modules import load_script
+
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/read_counters"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("read_counters", str(SCRIPT))
-    found = importlib.util.module_from_spec(importlib.util.spec_from_loader("read_counters", loader))
-    loader.exec_module(found)
-    return found
+    return load_script("read_counters")
 
 
 def test_a_tables_rows_become_a_record_a_launch_with_the_tokens_of_its_step(script: ModuleType) -> None:

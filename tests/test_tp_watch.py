@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import lives
 from tp.place import Place
 from tp.watch import INPUT, Watch
 
@@ -260,13 +261,6 @@ def test_ranks_and_guards_that_were_all_stopped_go_on(tmp_path: Path) -> None:
         for process in frozen:
             process.resume()
         assert ranks.ended() == [0, 0] and ranks.told() == ["", ""]
-
-
-def lives(process: int) -> bool:
-    """Whether a process runs, or would if it were let."""
-    with contextlib.suppress(OSError):
-        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    return False
 
 
 def test_a_rank_does_not_say_that_it_stood_still_while_it_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,7 @@ def test_on_the_machine_packed_weights_give_the_same_bits_for_any_tokens(
     assert torch.equal(run(1), together[:, :1])
     monkeypatch.setattr(packed_linear, "MOST_STAGED", 18)
     for tokens in (2, 6, 9):
+        assert packed_linear.choose(form_of(packed_weight.words, packed_weight.scales), width, tokens, 227, 1).staged
         assert torch.equal(run(tokens), together[:, :tokens]), f"{tokens} tokens whose digits every program makes"
 
 
