@@ -21,7 +21,12 @@ TIMEOUT = 8.0
 """`--timeout` of stalls; less, and ranks that start on a busy machine count as stalled."""
 
 ENDLESS = ("--model", "stories", "--max-new-tokens", "1000", "--ignore-eos", "--device", "cpu")
-"""A generation that outlasts any test."""
+"""A generation that outlasts any test on a CPU."""
+
+ENDLESS_ON_GPUS = (
+    "--shape", "llama-3.2-1b", "--quant", "int4", "--modes", "compile", "--new-tokens", "2000", "--repeats", "1000"
+)  # fmt: skip
+"""A measurement that does so on GPUs: texts of a model with random weights, one after the other."""
 
 FLAGS = {
     "prefill": ("--prompt", "Once upon a time there was a girl. " * 90),
@@ -29,24 +34,29 @@ FLAGS = {
 }
 """What makes a phase last, or happen."""
 
-SIGNALS = {"kill": signal.SIGKILL, "stall": signal.SIGSTOP, "agent": 0}
+SIGNALS = {"kill": signal.SIGKILL, "stall": signal.SIGSTOP, "agent": 0, "fail": None}
 
 DELAYS = {"load": 0.1, "prefill": 0.2, "decode": 1.0, "speculation": 1.0}
 """Seconds within a phase in which something happens."""
 
-COUNTS = {"kill": 25, "stall": 5, "agent": 5}
-"""Of each kind in each phase: 100 ranks killed, 20 stalled, and 20 agents killed."""
+COUNTS = {"kill": 25, "stall": 5, "agent": 5, "fail": 5}
+"""Of each kind in each phase: 100 ranks killed, 20 stalled, 20 agents killed, and 20 ranks that fail."""
+
+COUNTS_ON_GPUS = {"kill": 2, "fail": 2, "agent": 1, "stall": 1}
+PHASES_ON_GPUS = ("load", "prefill", "decode")
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What happens to a run: "kill" or "stall" of a rank, or "agent", so long after the rank has come to a phase."""
+    """What happens to a run so long after a rank has come to a phase: "kill" or "stall" of the rank, "agent", or "fail"
+    where the rank next comes on."""
 
     kind: str
     world: int
     rank: int
     phase: str
     seconds: float
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -74,15 +84,27 @@ def disturbances() -> list[Disturbance]:
     return found
 
 
+def disturbances_on_gpus(world: int) -> list[Disturbance]:
+    """Return what `scripts/lose_ranks` does to runs on so many GPUs."""
+    chance, found = random.Random(0), []
+    for kind, count in COUNTS_ON_GPUS.items():
+        for phase in PHASES_ON_GPUS * count:
+            delay = round(chance.uniform(0, DELAYS[phase]), 3)
+            found.append(Disturbance(kind, world, chance.randrange(world), phase, delay, "cuda"))
+    return found
+
+
 def lose(folder: Path, disturbance: Disturbance) -> Loss:
     """Disturb a run, and check that it ends in time, with the one message that is due."""
     kind, phase = disturbance.kind, disturbance.phase
     marker = folder / "disturbed"
     plan = {
         "rank": disturbance.rank, "phase": "decode" if phase == "speculation" else phase,
-        "seconds": disturbance.seconds, "number": int(SIGNALS[kind]), "marker": str(marker),
+        "seconds": disturbance.seconds, "number": SIGNALS[kind], "marker": str(marker),
+        "command": "bench" if disturbance.device == "cuda" else "generate",
     }  # fmt: skip
-    flags = [*ENDLESS, *FLAGS.get(phase, ()), "--timeout", str(TIMEOUT)]
+    endless = ENDLESS_ON_GPUS if disturbance.device == "cuda" else (*ENDLESS, *FLAGS.get(phase, ()))
+    flags = [*endless, "--timeout", str(TIMEOUT)]
     allowed = SECONDS + (TIMEOUT if kind == "stall" else 0)
     with torchrun(folder, disturbance.world, json.dumps(plan), *flags, module="tests.disturbed_rank") as run:
         run.wait_for_ranks(disturbance.world)
@@ -101,5 +123,8 @@ def lose(folder: Path, disturbance: Disturbance) -> Loss:
 def check_messages(disturbance: Disturbance, messages: tuple[str, ...]) -> None:
     """One message names the rank, and what became of it."""
     rank = f"rank {disturbance.rank} of {disturbance.world}"
-    due = {"kill": f"{rank} died in", "stall": f"{rank} has not ", "agent": "torchrun's agent died in"}
+    due = {
+        "kill": f"{rank} died in", "stall": f"{rank} has not ", "agent": "torchrun's agent died in",
+        "fail": f"{rank} failed in",
+    }  # fmt: skip
     assert len(messages) == 1 and due[disturbance.kind] in messages[0], f"{disturbance}: {messages}"

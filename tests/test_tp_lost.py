@@ -14,6 +14,10 @@ def test_a_rank_that_is_killed_ends_all(tmp_path: Path) -> None:
     lose(tmp_path, Disturbance("kill", world=3, rank=1, phase="decode", seconds=0.3))
 
 
+def test_a_rank_that_fails_ends_all(tmp_path: Path) -> None:
+    lose(tmp_path, Disturbance("fail", world=3, rank=2, phase="decode", seconds=0.3))
+
+
 def test_an_agent_that_is_killed_leaves_no_rank(tmp_path: Path) -> None:
     lose(tmp_path, Disturbance("agent", world=2, rank=0, phase="decode", seconds=0.3))
 
