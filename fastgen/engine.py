@@ -131,7 +131,8 @@ class Engine:
 
     def _warm_jobs(self, options: GenerationOptions) -> list[Callable[[], None]]:
         """Return what compiles and captures, in parts."""
-        decoding = [partial(self._warm_decode, bound, options) for bound in self._steps.bounds()]
+        cases = [(bound, left) for bound in self._steps.bounds() for left in sorted({1, self._steps.burst})]
+        decoding = [partial(self._warm_decode, bound, left, options) for bound, left in cases]
         return [*self._warm_prefills(self._steps), *decoding]
 
     def _warm_prefills(self, steps: Steps) -> list[Callable[[], None]]:
@@ -144,9 +145,9 @@ class Engine:
         tokens = torch.zeros(self.batch, width, dtype=torch.int64, device=self.device)
         steps.prefill(tokens, bound - width, torch.full((self.batch,), bound, device=self.device))
 
-    def _warm_decode(self, bound: int, options: GenerationOptions) -> None:
-        self._steps.start(self._idle_rows(bound - self._steps.burst, options))
-        self._steps.decode(bound - self._steps.burst + 1, options.sampling, logprobs=options.logprobs)
+    def _warm_decode(self, bound: int, left: int, options: GenerationOptions) -> None:
+        self._steps.start(self._idle_rows(bound - left, options))
+        self._steps.decode(bound - left + 1, options.sampling, logprobs=options.logprobs, left=left)
 
     def _idle_rows(self, position: int, options: GenerationOptions) -> Rows:
         """Return rows of no text in particular whose last token stands at `position`."""
@@ -296,13 +297,14 @@ class Engine:
         self._steps.start(rows)
         readback: Readback[Choice, None] = Readback(self.device)
         burst = Choice(first.token[None], None if first.logprob is None else first.logprob[None])
+        end = filled + options.max_new_tokens - 1
         while True:
             for due, _ in readback.push(burst, None):
                 yield from self._unpack(due)
             self.model.ranks.at("decode")
             self.model.ranks.check_interrupt()
-            burst = self._steps.decode(filled + 1, options.sampling, logprobs=options.logprobs)
-            filled += self._steps.burst
+            burst = self._steps.decode(filled + 1, options.sampling, logprobs=options.logprobs, left=end - filled)
+            filled += len(burst.token)
 
     def _unpack(self, burst: Choice) -> Iterator[StepTokens]:
         """Yield a burst's steps, [steps, B], once the host has them."""

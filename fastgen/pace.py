@@ -152,6 +152,7 @@ class LivePace:
         self._seconds, self._showing = dict(seconds), dict(showing or {})
         self._step = self._seconds[PLAIN]  # as measured, but no round that was timed since is cheaper
         self._timings = dict.fromkeys(self.arms, 0)
+        self._burst = 0.0  # the most plain steps of a round
         self._tokens = 0.0  # that a row got so far
         self._timed = dict.fromkeys(self.arms, 0.0)  # when, in these tokens
         drafting = sorted(arm for arm in self.arms if arm != PLAIN)
@@ -189,7 +190,9 @@ class LivePace:
         self._budget = min(self._budget + SHARE * mean, MOST_GAIN)
         round_seconds = spent.seconds - spent.showing
         if arm == PLAIN:
-            self._time(arm, round_seconds / mean)
+            self._burst = max(self._burst, mean)
+            if mean == self._burst:  # the single steps at the end of a text take longer
+                self._time(arm, round_seconds / mean)
         else:
             self._learn_showing(spent)
             # An interruption of the machine's is the draft's fault in part only.

@@ -242,15 +242,23 @@ class Rounds:
         return self._by_kernels[case]
 
     def verify(self, width: int, filled: int, options: SamplingOptions, *, logprobs: bool) -> Round:
-        """Verify what was drafted for texts of at most `filled` tokens; at width 1, decode `burst` tokens plainly."""
-        options, bound = options.structure(), self._bound(filled + max(width, self.burst))
-        work = partial(self._decode if width == 1 else partial(self._verify_drafts, width), bound, options, logprobs)
+        """Verify what was drafted for texts of at most `filled` tokens."""
+        options, bound = options.structure(), self._bound(filled + width)
+        work = partial(self._verify_drafts, width, bound, options, logprobs)
         return self._run(("verify", width, bound, options, logprobs), work)
 
-    def _run(self, case: object, work: Callable[[], Round | None]) -> Round:
+    def decode(self, steps: int, filled: int, options: SamplingOptions, *, logprobs: bool) -> Round:
+        """Make so many plain steps, at most `burst`, for texts of at most `filled` tokens."""
+        options, bound = options.structure(), self._bound(filled + steps)
+        work = partial(self._decode, steps, bound, options, logprobs)
+        search = self.model.vocabulary.is_whole and steps == self.burst
+        return self._run(("decode", steps, bound, options, logprobs), work, search=search)
+
+    def _run(self, case: object, work: Callable[[], Round | None], *, search: bool = False) -> Round:
         if self._graphs is None:
             return work()  # type: ignore[return-value]
-        return self._graphs.run(case, work, [*self.rows, *self._static_drafts()])  # type: ignore[return-value]
+        state = [*self.rows, *self._static_drafts()]
+        return self._graphs.run(case, work, state, search=search)  # type: ignore[return-value]
 
     def _draft(self, drafter: int, count: int, bound: int, options: SamplingOptions) -> None:
         tokens, probabilities, limit = self._static_drafts()
@@ -265,13 +273,13 @@ class Rounds:
         tokens = self.rows.text.gather(1, places).clamp(0, draft.vocab_size - 1)
         draft(tokens, places, self._positions[: self.bounds[-1]], self.rows.positions + 1)
 
-    def _decode(self, bound: int, options: SamplingOptions, logprobs: bool) -> Round:
-        """Make `burst` plain steps, as one round of so many tokens.
+    def _decode(self, count: int, bound: int, options: SamplingOptions, logprobs: bool) -> Round:
+        """Make `count` plain steps, as one round of so many tokens.
 
         As in `fastgen.graphs`, a step does nothing but decode: what moves the rows on is done once, for all steps.
         """
         rows, keys, steps = self.rows, self._keys(bound), []
-        ahead = self._positions[1 : self.burst + 1, None]
+        ahead = self._positions[1 : count + 1, None]
         places = (rows.positions + ahead).clamp(max=rows.text.shape[1] - SPARE)
         decode_one = self._decode_one
         if self._choose and not needs_no_logits(self.model, options, logprobs=logprobs):

@@ -14,6 +14,7 @@ faster ones wait for the slowest on the host alone.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from fastgen.device import require_memory, synchronize
 from fastgen.drafters import NgramDrafter
 from fastgen.engine import Engine, StepTokens
+from fastgen.graphs import steps_for
 from fastgen.load import LoadedModel, Progress
 from fastgen.options import GenerationOptions, SamplingOptions
 from fastgen.pace import (
@@ -52,6 +54,9 @@ AHEAD = 2 * WIDTHS[-1]
 CALIBRATIONS, CALIBRATION_SECONDS, REHEARSED = 9, 1.0, 2
 """How often every round is timed before the first text, after what time less often, and which of several in a row
 counts on a GPU."""
+
+ENDLESS = 1 << 30
+"""Tokens of a text whose end is not what is timed."""
 
 
 class Token(NamedTuple):
@@ -134,8 +139,9 @@ class SpeculativeEngine(Engine):
         for drafter in self.drafters:
             jobs += self._warm_prefills(drafter.steps) if drafter.steps else []
         arms = self.arms if isinstance(self.pace, FixedPace) else (*self.arms, PLAIN)
+        cases = [(arm, self._rounds.burst) for arm in arms] + [(arm, 1) for arm in arms if arm == PLAIN]
         for bound in self._bounds():
-            jobs += [partial(self._warm_arm, arm, bound, options) for arm in arms]
+            jobs += [partial(self._warm_arm, arm, left, bound, options) for arm, left in cases]
         if self.device.type == "cuda":
             jobs += [partial(self._rounds.show, 0, 0, width) for width in self._shown_widths()]
         return [*jobs, partial(self._calibrate, options)]
@@ -148,9 +154,9 @@ class SpeculativeEngine(Engine):
         enough = next((bound for bound in bounds if bound >= self._most_filled() + AHEAD), bounds[-1])
         return [bound - AHEAD for bound in bounds if bound <= enough]
 
-    def _warm_arm(self, arm: Arm, filled: int, options: GenerationOptions) -> None:
+    def _warm_arm(self, arm: Arm, left: int, filled: int, options: GenerationOptions) -> None:
         self._start(self._idle_rows(filled - 1, options), options)
-        self._launch(arm, filled, options)
+        self._launch(arm, filled, left, options)
 
     def _calibrate(self, options: GenerationOptions) -> None:
         """Measure what `auto` chooses by: rounds of every arm in turn, a few times over; the best of each counts."""
@@ -180,6 +186,7 @@ class SpeculativeEngine(Engine):
         """Return the seconds of a round in the midst of others. On a GPU the first is launched while the device waits,
         the next while the host has nothing to read: neither costs what those that follow do."""
         rehearsal = self.pace = Rehearsal(arm)
+        options = replace(options, max_new_tokens=ENDLESS)
         rows = self._idle_rows(self._smallest, options)
         self._start(rows, options)
         self._drafted, self._behind = self._smallest, False
@@ -233,7 +240,7 @@ class SpeculativeEngine(Engine):
 
     def _decode(self, rows: Rows, first: Choice, filled: int, options: GenerationOptions) -> Iterator[StepTokens]:
         assert self.pace, "there is a pace once there are rounds"
-        places = rows.positions.tolist()  # of the last token of each row that the host knows
+        starts = places = rows.positions.tolist()  # of the last token of each row that the host knows
         self.pace.begin()
         self.tally = Tally()
         tokens = first.token.tolist()
@@ -243,10 +250,13 @@ class SpeculativeEngine(Engine):
         if not readback.lags:  # else the device has a round to do while the first token is looked at
             yield from self._steps_of(queues)
         while True:
-            filled = max(places) + 1 + sum(launch.tokens for launch in readback.waiting())
+            waiting = readback.waiting()
+            filled = max(places) + 1 + sum(launch.tokens for launch in waiting)
+            made = 1 + min(place - start for place, start in zip(places, starts, strict=True))
+            made += sum(launch.tokens if launch.arm == PLAIN else 1 for launch in waiting)  # at least
             missed = self._missed(filled - 1)
             arm = self._choose([width for _, width in missed])
-            round_, launch = self._launch(arm, filled, options)
+            round_, launch = self._launch(arm, filled, options.max_new_tokens - made, options)
             self.pace.queue(arm, launch.missed)
             yield from self._steps_of(queues)
             for done, its_launch in readback.push(round_, launch):
@@ -285,8 +295,8 @@ class SpeculativeEngine(Engine):
             self._rounds.show(0, start, width)
         self._behind = False
 
-    def _launch(self, arm: Arm, filled: int, options: GenerationOptions) -> tuple[Round, Launch]:
-        """Queue a round for texts of at most `filled` tokens."""
+    def _launch(self, arm: Arm, filled: int, left: int, options: GenerationOptions) -> tuple[Round, Launch]:
+        """Queue a round for texts of at most `filled` tokens; at most `left` are still to come."""
         filled = min(filled, self._most_filled())
         start = shown = mark(self.device)
         missed: Sequence[tuple[int, int]] = ()
@@ -297,11 +307,14 @@ class SpeculativeEngine(Engine):
             self._show_draft(missed)
             shown = mark(self.device)
         drafted = shown
-        if arm.drafts:
+        if arm == PLAIN:
+            steps = steps_for(left, self._rounds.burst)
+            done = self._rounds.decode(steps, filled, options.sampling, logprobs=options.logprobs)
+        else:
             self._rounds.draft(arm.drafter, arm.drafts, filled, options.sampling)
             drafted = mark(self.device)
-        width = width_of(arm.drafts)
-        done = self._rounds.verify(width, filled, options.sampling, logprobs=options.logprobs)
+            width = width_of(arm.drafts)
+            done = self._rounds.verify(width, filled, options.sampling, logprobs=options.logprobs)
         widths = tuple(width for _, width in missed)
         # A mark takes a GPU some microseconds, and there the next round's start is the end that `_decode` goes by.
         end = None if arm == PLAIN and start.device else mark(self.device)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from fastgen.graphs import GraphDecoder, bounds_below, burst_of
+from fastgen.graphs import GraphDecoder, bounds_below, burst_of, steps_for
 from fastgen.model import Transformer
 from fastgen.noise import NoiseKey
 from fastgen.options import SamplingOptions
@@ -126,7 +126,7 @@ class Steps:
     """Runs the steps of one model.
 
     `reach` is the number of positions that any step may read, less than the cache holds: reading all of it would be a
-    special case to the compiler, and so another graph. `decode` makes `burst` steps a call.
+    special case to the compiler, and so another graph. `decode` makes up to `burst` steps a call.
     """
 
     def __init__(self, model: Transformer, reach: int, *, compiled: bool, batch: int = 1) -> None:
@@ -150,7 +150,8 @@ class Steps:
         if compiled and on_gpu:
             # Kernels read where a text ends on the device: one graph serves every length.
             bounds = [reach] if self._by_kernels else bounds_below(reach)
-            self._graphs = GraphDecoder(self._decode_eagerly, reach, burst_of(most_bytes(model)), bounds)
+            burst, alone = burst_of(most_bytes(model)), model.vocabulary.is_whole
+            self._graphs = GraphDecoder(self._decode_eagerly, reach, burst, bounds, search=alone)
             self.burst = self._graphs.burst
 
     def prefill(self, tokens: Tensor, start: int, lengths: Tensor) -> Tensor:
@@ -182,13 +183,14 @@ class Steps:
         """Choose the token that follows a prompt; once a text, and so never compiled. See `choose_token`."""
         return choose_token(self.model, hidden, rows.positions, rows, options, logprobs=logprobs)
 
-    def decode(self, filled: int, options: SamplingOptions, *, logprobs: bool) -> Choice:
-        """Decode the next `burst` tokens of all rows, [burst, B]; the first step attends to `filled` positions, its
-        own included."""
+    def decode(self, filled: int, options: SamplingOptions, *, logprobs: bool, left: int) -> Choice:
+        """Decode the next tokens of all rows, [steps, B]: a burst, or one where fewer than that are `left` to be
+        decoded. The first step attends to `filled` positions, its own included."""
         options = options.structure()
         reach = self._positions.shape[0]
         if self._graphs:
-            return self._graphs.decode(min(filled + self.burst - 1, reach), options, logprobs=logprobs)
+            steps = steps_for(left, self.burst)
+            return self._graphs.decode(min(filled + steps - 1, reach), steps, options, logprobs=logprobs)
         assert self._rows is not None, "start() comes before decode()"
         choice = self._decode_eagerly(self._rows, min(filled, reach), options, logprobs=logprobs)
         following = (self._rows.positions + 1).clamp(max=reach - 1)

@@ -24,7 +24,9 @@ class Rows(NamedTuple):
 def decoder(monkeypatch: pytest.MonkeyPatch) -> GraphDecoder:
     """A decoder whose graphs decode nothing: what they give is the tensors that they would read for ever."""
 
-    def capture(self: Graphs, work: Callable[[], Any], state: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    def capture(
+        self: Graphs, work: Callable[[], Any], state: list[Tensor], *, search: bool
+    ) -> tuple[Any, list[Tensor]]:  # fmt: skip
         return SimpleNamespace(replay=lambda: None), state
 
     monkeypatch.setattr(Graphs, "_capture", capture)
@@ -39,7 +41,7 @@ def test_graphs_read_the_rows_that_were_started_last_however_many(decoder: Graph
     for value, (texts, captures) in enumerate([(1, 1), (3, 2), (3, 2), (1, 3), (1, 3)]):
         rows = rows_of(texts, value)
         decoder.start(rows)
-        read = decoder.decode(9, None, logprobs=False)
+        read = decoder.decode(9, 8, None, logprobs=False)
         assert all(map(torch.equal, read, rows)), f"{texts} texts"
         assert not any(map(torch.Tensor.is_set_to, read, rows)), "the caller's rows are not moved on"
         assert decoder.captures == captures, "rows of the same sizes go where the last ones were, and graphs are kept"
@@ -53,11 +55,12 @@ def test_there_is_a_graph_for_every_bound_and_choice_and_the_smallest_that_holds
         (256, "greedy", False, 1), (1, "greedy", False, 1), (257, "greedy", False, 2), (512, "greedy", False, 2),
         (513, "greedy", False, 3), (600, "greedy", False, 3), (9, "sampled", False, 4), (9, "greedy", True, 5),
     ):  # fmt: skip
-        decoder.decode(filled, options, logprobs=logprobs)
+        decoder.decode(filled, 8, options, logprobs=logprobs)
         assert decoder.captures == captures, f"{filled} positions, {options}"
     decoder.forget()
-    decoder.decode(256, "greedy", logprobs=False)
-    assert decoder.captures == 6
+    decoder.decode(256, 8, "greedy", logprobs=False)
+    decoder.decode(256, 1, "greedy", logprobs=False)
+    assert decoder.captures == 7
 
 
 def test_no_garbage_is_collected_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

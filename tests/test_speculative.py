@@ -239,12 +239,12 @@ def test_a_plain_step_under_speculation_is_a_step_of_plain_decoding_and_nothing_
     for one in (plain, engine):
         one.generate([PROMPTS[1]], GREEDY)
     with torch.inference_mode(), Counting() as step:
-        plain._steps.decode(60, GREEDY.sampling, logprobs=False)
+        plain._steps.decode(60, GREEDY.sampling, logprobs=False, left=1)
     bursts = []
     for burst in (1, 8):
         engine._rounds.burst = burst
         with torch.inference_mode(), Counting() as counting:
-            done, launch = engine._launch(PLAIN, 60, GREEDY)
+            done, launch = engine._launch(PLAIN, 60, burst, GREEDY)
         assert done.tokens.shape == (1, burst) == (1, launch.tokens) and done.counts is None
         bursts.append(counting.calls)
     views = ("select", "unbind", "slice", "unsqueeze", "view", "expand")
@@ -273,7 +273,7 @@ def test_a_round_reads_nothing_on_the_host(target: LoadedModel, draft: str, acce
     engine.generate(PROMPTS[:2], EVERY_FILTER)
     with torch.inference_mode(), NoHost():
         for arm in (Arm(0, 3), PLAIN):
-            engine._launch(arm, 60, EVERY_FILTER)
+            engine._launch(arm, 60, 1, EVERY_FILTER)
         with pytest.raises(AssertionError, match="waits for the device"):
             engine._rounds.rows.positions.max().item()
 

@@ -118,7 +118,7 @@ def test_the_host_waits_for_nothing_while_it_queues_rounds(kernels: str) -> None
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(8):
-                engine._launch(engine.arms[0], 60, GREEDY)
+                engine._launch(engine.arms[0], 60, 1, GREEDY)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
