@@ -131,7 +131,7 @@ class Engine:
 
     def _warm_jobs(self, options: GenerationOptions) -> list[Callable[[], None]]:
         """Return what compiles and captures, in parts."""
-        cases = [(bound, left) for bound in self._steps.bounds() for left in sorted({1, self._steps.burst})]
+        cases = [(bound, left) for bound in self._steps.bounds() for left in set(self._steps.burst)]
         decoding = [partial(self._warm_decode, bound, left, options) for bound, left in cases]
         return [*self._warm_prefills(self._steps), *decoding]
 

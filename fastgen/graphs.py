@@ -5,15 +5,15 @@ that the steps themselves move on, and attention reads a fixed number of positio
 power of two, of which a step takes the smallest that holds its text. All graphs share one pool of memory.
 
 A graph of several steps costs one launch, so the host keeps ahead of models whose step takes a fraction of a
-millisecond. Where a text needs no more than a few steps there is a graph of one. What was decoded behind the end of a
-text is thrown away.
+millisecond. A text's last tokens are single steps: nobody waits for a burst of which he needs the first. What was
+decoded behind the end of a text is thrown away.
 """
 
 import contextlib
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,12 +25,8 @@ LONGEST_BURST, SHORTEST_BURST, BURST_BYTES = 8, 2, 64 << 30
 """Steps a graph: the more, the less it costs to begin one; but a burst arrives as a whole, and a person should not see
 text stutter. So many bytes of weights take an H200 16 ms to read."""
 
-PLACES, REPLAYS, SHORT = 6, 5, 1e-3
-"""At how many places a graph's tensors are tried, how often it is timed at each, and how many seconds it may take for
-that: a tiny model's step takes some percent more or less by where they lie, a larger one's does not."""
-
-APART = 512
-"""Bytes between two such places, the least that PyTorch allocates on a GPU."""
+SINGLE_BYTES = 512 << 20
+"""Weights from which on a text's last tokens are single steps, whose launches the host then keeps ahead of too."""
 
 Result = TypeVar("Result")
 
@@ -54,66 +50,34 @@ class Graphs:
         self._graphs.clear()
         self._pool = None  # PyTorch refuses captures in a pool whose graphs are gone while somebody holds a result
 
-    def run(
-        self, case: object, work: Callable[[], Result], state: Iterable[Tensor], *, search: bool = False
-    ) -> Result:  # fmt: skip
+    def run(self, case: object, work: Callable[[], Result], state: Iterable[Tensor]) -> Result:
         """Do `work`, which reads static tensors alone and moves those of `state` on.
 
         Its result stands where the graph put it and is overwritten by the next run: copies that are queued before are
-        safe. `search` has a graph that is tiny lie where it is fastest (`PLACES`). It is not for several ranks: how
-        often one replays what others do too must not depend on its clock.
+        safe.
         """
         if case not in self._graphs:
-            self._graphs[case] = self._capture(work, list(state), search=search)
+            self._graphs[case] = self._capture(work, list(state))
             self.captures += 1
         graph, result = self._graphs[case]
         graph.replay()
         return result
 
-    def _capture(
-        self, work: Callable[[], Result], state: list[Tensor], *, search: bool = False
-    ) -> tuple[torch.cuda.CUDAGraph, Result]:  # fmt: skip
+    def _capture(self, work: Callable[[], Result], state: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, Result]:
         saved = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles and tunes what a capture must find ready
             work()
         torch.cuda.current_stream().wait_stream(stream)
-        found = self._record(work, 0)
-        if search and (seconds := _replayed(found[0])) < SHORT:
-            for place in range(1, PLACES):
-                other = self._record(work, place)
-                if (its_seconds := _replayed(other[0])) < seconds:
-                    found, seconds = other, its_seconds
-        for tensor, before in zip(state, saved, strict=True):
-            tensor.copy_(before)
-        return found
-
-    def _record(self, work: Callable[[], Result], place: int) -> tuple[torch.cuda.CUDAGraph, Result]:
-        """Capture work whose tensors lie `place` times `APART` bytes behind where they would."""
         pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with without_collection(), torch.cuda.graph(graph, pool=pool):
-            before = torch.empty(place * APART, dtype=torch.uint8, device="cuda") if place else None
             result = work()
-            del before
         self._pool = pool  # not before: a pool without a graph takes no other
+        for tensor, before in zip(state, saved, strict=True):
+            tensor.copy_(before)
         return graph, result
-
-
-def _replayed(graph: torch.cuda.CUDAGraph) -> float:
-    """Return the seconds that a graph takes: the shortest of several replays, of one that is long the only one."""
-    found = float("inf")
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found = min(found, start.elapsed_time(end) / 1e3)
-        if found > SHORT:
-            break
-    return found
 
 
 @contextlib.contextmanager
@@ -129,23 +93,19 @@ def without_collection() -> Iterator[None]:
 
 
 class GraphDecoder:
-    """Captures and replays graphs of `burst` steps, or of one.
+    """Captures and replays graphs of so many steps as are asked for.
 
-    `bounds` are the numbers of positions that a graph may read, the last of them `reach`; `search` is for `Graphs.run`.
+    `bounds` are the numbers of positions that a graph may read, the last of them `reach`.
     `step(rows, filled, options, logprobs=...)` makes one step that reads `filled` positions and returns a named tuple
     with `token` and `logprob` (or None), [B] each; `rows` is a named tuple of tensors with `token` and `positions`.
     """
 
-    def __init__(
-        self, step: Callable[..., Any], reach: int, burst: int, bounds: list[int], *, search: bool = False
-    ) -> None:  # fmt: skip
-        self.burst = burst
+    def __init__(self, step: Callable[..., Any], reach: int, bounds: list[int]) -> None:
         self.bounds = bounds
         self._step = step
         self._reach = reach
-        self._ahead: Any = None  # 1 .. burst
+        self._ahead: Any = None  # 1 .. the longest burst
         self._rows: Any = None
-        self._search = search
         self._graphs = Graphs()
 
     @property
@@ -162,15 +122,14 @@ class GraphDecoder:
         self._rows, moved = settle(self._rows, rows)
         if moved:
             self._graphs.forget()
-            self._ahead = torch.arange(1, self.burst + 1, device=rows.positions.device)[:, None]
+            self._ahead = torch.arange(1, LONGEST_BURST + 1, device=rows.positions.device)[:, None]
 
     def decode(self, filled: int, steps: int, options: Any, *, logprobs: bool) -> Any:
         """Decode so many tokens, whose last attends to `filled` positions; the result, [steps, B] each, is
         overwritten by the next call: copies that are queued before it are safe."""
         bound = next(bound for bound in self.bounds if bound >= filled)
         work = partial(self._steps, steps, bound, options, logprobs)
-        search = self._search and steps == self.burst
-        return self._graphs.run((steps, bound, options, logprobs), work, self._rows, search=search)
+        return self._graphs.run((steps, bound, options, logprobs), work, self._rows)
 
     def _steps(self, steps: int, bound: int, options: Any, logprobs: bool) -> Any:
         rows, choices = self._rows, []
@@ -186,18 +145,23 @@ class GraphDecoder:
         return type(choices[0])(torch.stack([choice.token for choice in choices]), logprob)
 
 
-def burst_of(weight_bytes: int) -> int:
+class Burst(NamedTuple):
+    """How many steps a graph is to hold: `most`, or `least` where fewer tokens than that are still to come."""
+
+    most: int = 1
+    least: int = 1
+
+    def steps(self, left: int) -> int:
+        """Return how many steps to make where so many tokens are left."""
+        return self.most if left >= self.most else self.least
+
+
+def burst_of(weight_bytes: int) -> Burst:
     """Return how many steps of a model a graph is to hold."""
-    burst = LONGEST_BURST
-    while burst > SHORTEST_BURST and burst * weight_bytes > BURST_BYTES:
-        burst //= 2
-    return burst
-
-
-def steps_for(left: int, burst: int) -> int:
-    """Return how many steps to make where `left` tokens are still to come: a burst, or one, so that no text waits for
-    much that it does not need."""
-    return burst if left >= burst else 1
+    most = LONGEST_BURST
+    while most > SHORTEST_BURST and most * weight_bytes > BURST_BYTES:
+        most //= 2
+    return Burst(most, 1 if weight_bytes >= SINGLE_BYTES else most)
 
 
 def settle(static: Any, tensors: Any) -> tuple[Any, bool]:

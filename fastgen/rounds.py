@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastgen.acceptance import Verdict, accept_equal, accept_or_resample
 from fastgen.drafters import Drafter
-from fastgen.graphs import Graphs, bounds_below, burst_of, settle
+from fastgen.graphs import Burst, Graphs, bounds_below, burst_of, settle
 from fastgen.model import Transformer
 from fastgen.noise import NoiseKey, gumbel, uniform
 from fastgen.options import MOST_DRAFTS, SamplingOptions
@@ -176,7 +176,7 @@ class Rounds:
         by_kernels = compiled and covered_by_kernels(model, batch * max(widths))
         self.model, self.drafters, self.widths = model, drafters, widths
         self.independent, self._dynamic = False, compiled and not by_kernels
-        self.burst = burst_of(most_bytes(model)) if on_gpu else 1
+        self.burst = burst_of(most_bytes(model)) if on_gpu else Burst()
         self.bounds = [reach] if by_kernels else bounds_below(reach)
         self._positions = torch.arange(reach + SPARE, device=device)
         self._first = torch.zeros((), dtype=torch.int64, device=device)  # where what a drafter is shown begins
@@ -248,17 +248,15 @@ class Rounds:
         return self._run(("verify", width, bound, options, logprobs), work)
 
     def decode(self, steps: int, filled: int, options: SamplingOptions, *, logprobs: bool) -> Round:
-        """Make so many plain steps, at most `burst`, for texts of at most `filled` tokens."""
+        """Make so many plain steps for texts of at most `filled` tokens."""
         options, bound = options.structure(), self._bound(filled + steps)
         work = partial(self._decode, steps, bound, options, logprobs)
-        search = self.model.vocabulary.is_whole and steps == self.burst
-        return self._run(("decode", steps, bound, options, logprobs), work, search=search)
+        return self._run(("decode", steps, bound, options, logprobs), work)
 
-    def _run(self, case: object, work: Callable[[], Round | None], *, search: bool = False) -> Round:
+    def _run(self, case: object, work: Callable[[], Round | None]) -> Round:
         if self._graphs is None:
             return work()  # type: ignore[return-value]
-        state = [*self.rows, *self._static_drafts()]
-        return self._graphs.run(case, work, state, search=search)  # type: ignore[return-value]
+        return self._graphs.run(case, work, [*self.rows, *self._static_drafts()])  # type: ignore[return-value]
 
     def _draft(self, drafter: int, count: int, bound: int, options: SamplingOptions) -> None:
         tokens, probabilities, limit = self._static_drafts()

@@ -24,7 +24,6 @@ from torch import Tensor
 from fastgen.device import require_memory, synchronize
 from fastgen.drafters import NgramDrafter
 from fastgen.engine import Engine, StepTokens
-from fastgen.graphs import steps_for
 from fastgen.load import LoadedModel, Progress
 from fastgen.options import GenerationOptions, SamplingOptions
 from fastgen.pace import (
@@ -139,7 +138,7 @@ class SpeculativeEngine(Engine):
         for drafter in self.drafters:
             jobs += self._warm_prefills(drafter.steps) if drafter.steps else []
         arms = self.arms if isinstance(self.pace, FixedPace) else (*self.arms, PLAIN)
-        cases = [(arm, self._rounds.burst) for arm in arms] + [(arm, 1) for arm in arms if arm == PLAIN]
+        cases = [(arm, left) for arm in arms for left in (set(self._rounds.burst) if arm == PLAIN else {1})]
         for bound in self._bounds():
             jobs += [partial(self._warm_arm, arm, left, bound, options) for arm, left in cases]
         if self.device.type == "cuda":
@@ -169,7 +168,7 @@ class SpeculativeEngine(Engine):
             if turn > 2 and self.model.ranks.share(time.perf_counter() - begin > CALIBRATION_SECONDS):
                 break
             for arm in (*self.arms, PLAIN):
-                took = self._time_round(arm, options) / (self._rounds.burst if arm == PLAIN else 1)
+                took = self._time_round(arm, options) / (self._rounds.burst.most if arm == PLAIN else 1)
                 seconds[arm] = min(took, seconds.get(arm, took))
             for width in self._shown_widths():
                 took = self._time_showing(width)
@@ -308,7 +307,7 @@ class SpeculativeEngine(Engine):
             shown = mark(self.device)
         drafted = shown
         if arm == PLAIN:
-            steps = steps_for(left, self._rounds.burst)
+            steps = self._rounds.burst.steps(left)
             done = self._rounds.decode(steps, filled, options.sampling, logprobs=options.logprobs)
         else:
             self._rounds.draft(arm.drafter, arm.drafts, filled, options.sampling)

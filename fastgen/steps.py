@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from fastgen.graphs import GraphDecoder, bounds_below, burst_of, steps_for
+from fastgen.graphs import Burst, GraphDecoder, bounds_below, burst_of
 from fastgen.model import Transformer
 from fastgen.noise import NoiseKey
 from fastgen.options import SamplingOptions
@@ -126,13 +126,13 @@ class Steps:
     """Runs the steps of one model.
 
     `reach` is the number of positions that any step may read, less than the cache holds: reading all of it would be a
-    special case to the compiler, and so another graph. `decode` makes up to `burst` steps a call.
+    special case to the compiler, and so another graph. `burst` is how many steps `decode` makes at once.
     """
 
     def __init__(self, model: Transformer, reach: int, *, compiled: bool, batch: int = 1) -> None:
         self.model = model
         self.compiled = compiled
-        self.burst = 1
+        self.burst = Burst()
         self._positions = torch.arange(reach, device=model.embedding.weight.device)
         self._prefill: Callable[..., Tensor] = prefill
         self._decode: Callable[..., Choice] = decode_one_token
@@ -150,9 +150,8 @@ class Steps:
         if compiled and on_gpu:
             # Kernels read where a text ends on the device: one graph serves every length.
             bounds = [reach] if self._by_kernels else bounds_below(reach)
-            burst, alone = burst_of(most_bytes(model)), model.vocabulary.is_whole
-            self._graphs = GraphDecoder(self._decode_eagerly, reach, burst, bounds, search=alone)
-            self.burst = self._graphs.burst
+            self._graphs = GraphDecoder(self._decode_eagerly, reach, bounds)
+            self.burst = burst_of(most_bytes(model))
 
     def prefill(self, tokens: Tensor, start: int, lengths: Tensor) -> Tensor:
         """Fill positions start .. start + T - 1 with tokens [B, T]; returns hidden states [B, D], see `prefill`."""
@@ -184,12 +183,12 @@ class Steps:
         return choose_token(self.model, hidden, rows.positions, rows, options, logprobs=logprobs)
 
     def decode(self, filled: int, options: SamplingOptions, *, logprobs: bool, left: int) -> Choice:
-        """Decode the next tokens of all rows, [steps, B]: a burst, or one where fewer than that are `left` to be
-        decoded. The first step attends to `filled` positions, its own included."""
+        """Decode the next tokens of all rows, [steps, B]: a burst, for texts of which at most so many are `left`. The
+        first step attends to `filled` positions, its own included."""
         options = options.structure()
         reach = self._positions.shape[0]
         if self._graphs:
-            steps = steps_for(left, self.burst)
+            steps = self.burst.steps(left)
             return self._graphs.decode(min(filled + steps - 1, reach), steps, options, logprobs=logprobs)
         assert self._rows is not None, "start() comes before decode()"
         choice = self._decode_eagerly(self._rows, min(filled, reach), options, logprobs=logprobs)

@@ -20,6 +20,9 @@ SECONDS = 5.0
 TIMEOUT = 8.0
 """`--timeout` of stalls; less, and ranks that start on a busy machine count as stalled."""
 
+TIMEOUT_ON_GPUS = 20.0
+"""The same where kernels may have to be compiled, which one rank may do for all."""
+
 ENDLESS = ("--model", "stories", "--max-new-tokens", "1000", "--ignore-eos", "--device", "cpu")
 """A generation that outlasts any test on a CPU."""
 
@@ -104,8 +107,9 @@ def lose(folder: Path, disturbance: Disturbance) -> Loss:
         "command": "bench" if disturbance.device == "cuda" else "generate",
     }  # fmt: skip
     endless = ENDLESS_ON_GPUS if disturbance.device == "cuda" else (*ENDLESS, *FLAGS.get(phase, ()))
-    flags = [*endless, "--timeout", str(TIMEOUT)]
-    allowed = SECONDS + (TIMEOUT if kind == "stall" else 0)
+    timeout = TIMEOUT_ON_GPUS if disturbance.device == "cuda" else TIMEOUT
+    flags = [*endless, "--timeout", str(timeout)]
+    allowed = SECONDS + (timeout if kind == "stall" else 0)
     with torchrun(folder, disturbance.world, json.dumps(plan), *flags, module="tests.disturbed_rank") as run:
         run.wait_for_ranks(disturbance.world)
         run.remember()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastgen.engine import Engine
+from fastgen.graphs import Burst
 from fastgen.load import LoadedModel
 from fastgen.pace import PLAIN, Arm, LivePace, Rehearsal
 from fastgen.readback import Mark, Readback
@@ -26,7 +27,7 @@ def target() -> LoadedModel:
 
 def test_a_plain_step_is_priced_by_its_share_of_a_burst(target: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = SpeculativeEngine(target, Speculation(draft=random_model()), max_seq_len=CAPACITY)
-    engine._rounds.burst = 8
+    engine._rounds.burst = Burst(8, 8)
     monkeypatch.setattr(engine, "_time_round", lambda arm, options: 8.0 if arm == PLAIN else 1.5)
     monkeypatch.setattr(engine, "_time_showing", lambda width: width / 100)
     with torch.inference_mode():

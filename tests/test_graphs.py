@@ -24,13 +24,11 @@ class Rows(NamedTuple):
 def decoder(monkeypatch: pytest.MonkeyPatch) -> GraphDecoder:
     """A decoder whose graphs decode nothing: what they give is the tensors that they would read for ever."""
 
-    def capture(
-        self: Graphs, work: Callable[[], Any], state: list[Tensor], *, search: bool
-    ) -> tuple[Any, list[Tensor]]:  # fmt: skip
+    def capture(self: Graphs, work: Callable[[], Any], state: list[Tensor]) -> tuple[Any, list[Tensor]]:
         return SimpleNamespace(replay=lambda: None), state
 
     monkeypatch.setattr(Graphs, "_capture", capture)
-    return GraphDecoder(lambda: None, 600, 8, bounds_below(600))
+    return GraphDecoder(lambda: None, 600, bounds_below(600))
 
 
 def rows_of(texts: int, value: int) -> Rows:

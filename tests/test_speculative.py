@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgen.engine import Engine
 from fastgen.errors import CapacityError, UsageError
+from fastgen.graphs import Burst
 from fastgen.load import LoadedModel
 from fastgen.options import MOST_DRAFTS, GenerationOptions, SamplingOptions
 from fastgen.pace import PLAIN, Arm, Spent
@@ -242,7 +243,7 @@ def test_a_plain_step_under_speculation_is_a_step_of_plain_decoding_and_nothing_
         plain._steps.decode(60, GREEDY.sampling, logprobs=False, left=1)
     bursts = []
     for burst in (1, 8):
-        engine._rounds.burst = burst
+        engine._rounds.burst = Burst(burst, burst)
         with torch.inference_mode(), Counting() as counting:
             done, launch = engine._launch(PLAIN, 60, burst, GREEDY)
         assert done.tokens.shape == (1, burst) == (1, launch.tokens) and done.counts is None
