@@ -53,7 +53,7 @@ def test_where_stages_are_kernels_only_choices_compile(
     before = count_compilations()
     with torch.inference_mode():
         for arm in (*engine.arms, PLAIN):
-            engine._warm_arm(arm, 40, options)
+            engine._warm_arm(arm, 1, 40, options)
     graphs = count_compilations() - before
     check(engine, options)
     assert graphs == (0 if options is GREEDY else 4), "two of the draft, one of the target, one of plain decoding"
