@@ -1,7 +1,6 @@
 """What `auto` is told that rounds take: rehearsals before the first text, then what the device waits too."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from fastgen.readback import Mark, Readback
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
 from tests.models import random_model
+from tests.readbacks import OneBehind
 from tests.test_engine import text_of
 from tests.test_speculative import CAPACITY, GREEDY, texts
 
@@ -59,23 +59,6 @@ def test_an_interrupted_rehearsal_is_made_anew(target: LoadedModel, monkeypatch:
         engine.generate([PROMPT], GREEDY)
     assert texts(engine, [PROMPT], GREEDY) == texts(Engine(target, max_seq_len=CAPACITY), [PROMPT], GREEDY)
     assert isinstance(engine.pace, LivePace)
-
-
-class OneBehind:
-    """Gives what a round did once the next is queued, as on a GPU."""
-
-    lags = True
-
-    def __init__(self, device: torch.device) -> None:
-        self.pending: list[tuple[object, object]] = []
-
-    def push(self, result: object, note: object) -> Iterator[tuple[object, object]]:
-        self.pending.append((result, note))
-        if len(self.pending) > 1:
-            yield self.pending.pop(0)
-
-    def waiting(self) -> list[object]:
-        return [note for _, note in self.pending]
 
 
 @pytest.mark.parametrize(("readback", "ticks"), [(OneBehind, 3), (Readback, 2)])

@@ -9,9 +9,10 @@ import torch
 from fastgen.config import RopeScaling
 from fastgen.engine import Engine
 from fastgen.errors import CapacityError, ModelFileError, UsageError
+from fastgen.graphs import Burst
 from fastgen.naive import generate_naively
 from fastgen.options import GenerationOptions, SamplingOptions
-from fastgen.steps import CHUNKS, chunks
+from fastgen.steps import CHUNKS, Choice, chunks
 from tests.models import random_model
 
 FAMILIES = {
@@ -35,6 +36,27 @@ def test_greedy_tokens_equal_the_naive_twins(family: str, length: int) -> None:
     expected = generate_naively(model, prompt, 24, options.sampling)
     assert list(Engine(model).generate([prompt], options)[0].tokens) == expected
     assert len(set(expected)) > 3, "a text of one repeated token would prove little"
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, []), (2, [1]), (4, [1, 1, 1]), (5, [4]), (9, [4, 4]), (12, [4, 4, 1, 1, 1])]
+)
+def test_a_text_of_so_many_tokens_is_made_of_bursts_and_at_its_end_of_single_steps(
+    count: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with several steps of a CPU in the place of a graph."""
+    model, made = random_model(), []
+    engine, options = Engine(model), GenerationOptions(max_new_tokens=count, ignore_eos=True)
+    decode = engine._steps.decode
+
+    def several(filled: int, sampling: SamplingOptions, *, logprobs: bool, left: int) -> Choice:
+        made.append(Burst(4, 1).steps(left))
+        choices = [decode(filled + step, sampling, logprobs=logprobs, left=1) for step in range(made[-1])]
+        return Choice(torch.cat([choice.token for choice in choices]), None)
+
+    monkeypatch.setattr(engine._steps, "decode", several)
+    tokens = list(engine.generate([text_of(17)], options)[0].tokens)
+    assert tokens == generate_naively(model, text_of(17), count, options.sampling) and made == expected
 
 
 def test_sampled_tokens_equal_the_naive_twins_with_every_filter() -> None:

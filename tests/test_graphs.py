@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgen.graphs import GraphDecoder, Graphs, bounds_below
+from fastgen.graphs import Burst, GraphDecoder, Graphs, bounds_below, burst_of
 
 
 class Rows(NamedTuple):
@@ -59,6 +59,20 @@ def test_there_is_a_graph_for_every_bound_and_choice_and_the_smallest_that_holds
     decoder.decode(256, 8, "greedy", logprobs=False)
     decoder.decode(256, 1, "greedy", logprobs=False)
     assert decoder.captures == 7
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "burst"),
+    [(0.1, Burst(8, 8)), (0.8, Burst(8, 1)), (8, Burst(8, 1)), (13.5, Burst(4, 1)), (140, Burst(2, 1))],
+)
+def test_the_larger_a_model_the_shorter_its_bursts_and_a_tiny_one_makes_no_single_steps(
+    gigabytes: float, burst: Burst
+) -> None:
+    assert burst_of(int(gigabytes * 2**30)) == burst
+
+
+def test_a_burst_is_made_while_there_is_need_of_all_of_it() -> None:
+    assert [Burst(4, 1).steps(left) for left in (9, 4, 3, 1, 0, -5)] == [4, 4, 1, 1, 1, 1]
 
 
 def test_no_garbage_is_collected_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

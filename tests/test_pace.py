@@ -138,6 +138,14 @@ def test_a_plain_step_that_slowed_down_says_so_of_every_arm() -> None:
     assert pace._seconds[Arm(0, 1)] == pytest.approx(2 * 2.2, rel=0.01)
 
 
+def test_single_steps_at_the_end_of_a_text_say_nothing_of_a_burst() -> None:
+    pace = LivePace({PLAIN: 1.0, Arm(0, 1): 1.2}, {0: MODEL_HOPE})
+    for seconds, tokens in ((8.0, 8), (8.0, 8), (1.4, 1), (1.4, 1)):
+        pace.queue(PLAIN, [])
+        pace.record(PLAIN, Spent(seconds), [tokens])
+    assert pace._seconds == {PLAIN: 1.0, Arm(0, 1): 1.2}
+
+
 def test_one_wild_timing_is_believed_in_part() -> None:
     pace = LivePace({PLAIN: 1.0, Arm(0, 3): 1.2}, {0: MODEL_HOPE})
     for seconds in (1.2, 1.2, 1.2, 1.2, 100.0):

@@ -15,11 +15,15 @@ from fastgen.graphs import Burst
 from fastgen.load import LoadedModel
 from fastgen.options import MOST_DRAFTS, GenerationOptions, SamplingOptions
 from fastgen.pace import PLAIN, Arm, Spent
+from fastgen.readback import Readback
+from fastgen.rounds import Round
 from fastgen.sampling import adjust
 from fastgen.speculation import Speculation
 from fastgen.speculative import SpeculativeEngine
+from fastgen.tally import Launch
 from tests.chi_square import fit_p_value
 from tests.models import random_model
+from tests.readbacks import OneBehind
 from tests.test_engine import FAMILIES, text_of
 
 GREEDY = GenerationOptions(max_new_tokens=24, ignore_eos=True)
@@ -201,6 +205,42 @@ def test_a_draft_catches_up_beside_a_text_that_is_full(target: LoadedModel) -> N
     options = GenerationOptions(max_new_tokens=60, ignore_eos=True)
     plain = Engine(target, batch=2, max_seq_len=48)
     assert texts(engine, PROMPTS[:2], options) == texts(plain, PROMPTS[:2], options)
+
+
+@pytest.mark.parametrize("readback", [Readback, OneBehind])
+def test_plain_rounds_are_bursts_while_the_slowest_text_needs_all_of_them(
+    target: LoadedModel, readback: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round that the host has not read yet counts with the tokens that it gives at least."""
+    engine = SpeculativeEngine(target, Speculation(draft="self:1", count=3), batch=2, max_seq_len=CAPACITY)
+    monkeypatch.setattr("fastgen.speculative.Readback", readback)
+    engine._rounds.burst = Burst(8, 1)
+    given: list[Sequence[int]] = []  # by each round that was read, to each text
+    asked: list[tuple[Arm, int, int]] = []  # of each launch: what is left, and after how many rounds that were read
+    launch = engine._launch
+
+    def launched(arm: Arm, filled: int, left: int, options: GenerationOptions) -> tuple[Round, Launch]:
+        asked.append((arm, left, len(given)))
+        return launch(arm, filled, left, options)
+
+    class Noting(Turns):
+        def record(self, arm: Arm, spent: Spent, tokens: Sequence[int]) -> None:
+            given.append(tokens)
+
+    monkeypatch.setattr(engine, "_launch", launched)
+    engine.pace = Noting(2)
+    options = GenerationOptions(max_new_tokens=40, ignore_eos=True)
+    assert texts(engine, PROMPTS[:2], options) == texts(
+        Engine(target, batch=2, max_seq_len=CAPACITY), PROMPTS[:2], options
+    )
+    lengths = []
+    for number, (arm, left, read) in enumerate(asked):
+        lengths.append(Burst(8, 1).steps(left) if arm == PLAIN else 1)
+        least = min(map(sum, zip(*given[:read], strict=True)), default=0)
+        assert left == options.max_new_tokens - 1 - least - sum(lengths[read:number]), number
+    plain = [length for (arm, _, _), length in zip(asked, lengths, strict=True) if arm == PLAIN]
+    assert [list(row) for row in given if len(set(row)) > 1], "some round gives one text more than the other"
+    assert set(plain) == {1, 8}
 
 
 def test_pieces_say_which_tokens_were_drafted(target: LoadedModel) -> None:
