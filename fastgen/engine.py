@@ -131,7 +131,7 @@ class Engine:
 
     def _warm_jobs(self, options: GenerationOptions) -> list[Callable[[], None]]:
         """Return what compiles and captures, in parts."""
-        cases = [(bound, left) for bound in self._steps.bounds() for left in set(self._steps.burst)]
+        cases = [(bound, left) for bound in self._steps.bounds() for left in self._steps.burst.sizes()]
         decoding = [partial(self._warm_decode, bound, left, options) for bound, left in cases]
         return [*self._warm_prefills(self._steps), *decoding]
 
@@ -297,7 +297,7 @@ class Engine:
         self._steps.start(rows)
         readback: Readback[Choice, None] = Readback(self.device)
         burst = Choice(first.token[None], None if first.logprob is None else first.logprob[None])
-        end = filled + options.max_new_tokens - 1
+        end = filled - 1 + self._most_new(int(rows.positions.min()), options)
         while True:
             for due, _ in readback.push(burst, None):
                 yield from self._unpack(due)
@@ -305,6 +305,10 @@ class Engine:
             self.model.ranks.check_interrupt()
             burst = self._steps.decode(filled + 1, options.sampling, logprobs=options.logprobs, left=end - filled)
             filled += len(burst.token)
+
+    def _most_new(self, shortest: int, options: GenerationOptions) -> int:
+        """Return how many tokens at most are asked for of a text whose prompt has so many, a batch's shortest."""
+        return min(options.max_new_tokens, self.max_seq_len - shortest)
 
     def _unpack(self, burst: Choice) -> Iterator[StepTokens]:
         """Yield a burst's steps, [steps, B], once the host has them."""

@@ -5,8 +5,8 @@ that the steps themselves move on, and attention reads a fixed number of positio
 power of two, of which a step takes the smallest that holds its text. All graphs share one pool of memory.
 
 A graph of several steps costs one launch, so the host keeps ahead of models whose step takes a fraction of a
-millisecond. A text's last tokens are single steps: nobody waits for a burst of which he needs the first. What was
-decoded behind the end of a text is thrown away.
+millisecond. The last tokens of a text are single steps, unless the model is tiny: nobody is to wait for a burst whose
+first token is all that he needs. What was decoded behind the end of a text is thrown away.
 """
 
 import contextlib
@@ -25,8 +25,9 @@ LONGEST_BURST, SHORTEST_BURST, BURST_BYTES = 8, 2, 64 << 30
 """Steps a graph: the more, the less it costs to begin one; but a burst arrives as a whole, and a person should not see
 text stutter. So many bytes of weights take an H200 16 ms to read."""
 
-SINGLE_BYTES = 512 << 20
-"""Weights from which on a text's last tokens are single steps, whose launches the host then keeps ahead of too."""
+SINGLE_BYTES = 2 << 30
+"""Weights from which on a text's last tokens are single steps: an H200 takes half a millisecond to read them, and
+meanwhile the host can read a step and begin another."""
 
 Result = TypeVar("Result")
 
@@ -93,7 +94,7 @@ def without_collection() -> Iterator[None]:
 
 
 class GraphDecoder:
-    """Captures and replays graphs of so many steps as are asked for.
+    """Captures and replays graphs of one step or several.
 
     `bounds` are the numbers of positions that a graph may read, the last of them `reach`.
     `step(rows, filled, options, logprobs=...)` makes one step that reads `filled` positions and returns a named tuple
@@ -125,8 +126,9 @@ class GraphDecoder:
             self._ahead = torch.arange(1, LONGEST_BURST + 1, device=rows.positions.device)[:, None]
 
     def decode(self, filled: int, steps: int, options: Any, *, logprobs: bool) -> Any:
-        """Decode so many tokens, whose last attends to `filled` positions; the result, [steps, B] each, is
-        overwritten by the next call: copies that are queued before it are safe."""
+        """Make `steps` steps, at most `LONGEST_BURST`, whose last attends to `filled` positions; the result, [steps, B]
+        each, is overwritten by the next call: copies that are queued before it are safe."""
+        assert steps <= LONGEST_BURST, f"{steps} steps: expected at most {LONGEST_BURST}"
         bound = next(bound for bound in self.bounds if bound >= filled)
         work = partial(self._steps, steps, bound, options, logprobs)
         return self._graphs.run((steps, bound, options, logprobs), work, self._rows)
@@ -146,14 +148,18 @@ class GraphDecoder:
 
 
 class Burst(NamedTuple):
-    """How many steps a graph is to hold: `most`, or `least` where fewer tokens than that are still to come."""
+    """How many steps a graph holds: `most`, or `least` where fewer tokens than `most` are still to come."""
 
     most: int = 1
     least: int = 1
 
     def steps(self, left: int) -> int:
-        """Return how many steps to make where so many tokens are left."""
+        """Return how many steps to make where so many tokens are still to come."""
         return self.most if left >= self.most else self.least
+
+    def sizes(self) -> list[int]:
+        """Return the numbers of steps that there are; with so many tokens to come, each is what `steps` returns."""
+        return sorted({self.least, self.most})
 
 
 def burst_of(weight_bytes: int) -> Burst:

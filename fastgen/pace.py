@@ -143,16 +143,18 @@ class LivePace:
     """Chooses the arm that is fastest now; see the module's docstring."""
 
     def __init__(
-        self, seconds: Mapping[Arm, float], hopes: Mapping[int, float], showing: Mapping[int, float] | None = None
-    ) -> None:
-        """`seconds` are the measured costs of a round of every arm, of a step for `PLAIN`; `hopes` what to expect of
-        every drafter; `showing` what showing the first drafter a chunk of the text costs, by its width."""
+        self, seconds: Mapping[Arm, float], hopes: Mapping[int, float], showing: Mapping[int, float] | None = None,
+        *, burst: int = 1,
+    ) -> None:  # fmt: skip
+        """`seconds` are the measured costs of a round of every arm, for `PLAIN` of a step among the `burst` of a round;
+        `hopes` what to expect of every drafter; `showing` what showing the first drafter a chunk of the text costs, by
+        its width."""
         assert PLAIN in seconds, "plain decoding is always a choice"
         self.arms: Sequence[Arm] = tuple(seconds)
         self._seconds, self._showing = dict(seconds), dict(showing or {})
         self._step = self._seconds[PLAIN]  # as measured, but no round that was timed since is cheaper
         self._timings = dict.fromkeys(self.arms, 0)
-        self._burst = 0.0  # the most plain steps of a round
+        self._burst = burst
         self._tokens = 0.0  # that a row got so far
         self._timed = dict.fromkeys(self.arms, 0.0)  # when, in these tokens
         drafting = sorted(arm for arm in self.arms if arm != PLAIN)
@@ -189,10 +191,10 @@ class LivePace:
         self._tokens += mean
         self._budget = min(self._budget + SHARE * mean, MOST_GAIN)
         round_seconds = spent.seconds - spent.showing
-        if arm == PLAIN:
-            self._burst = max(self._burst, mean)
-            if mean == self._burst:  # the single steps at the end of a text take longer
-                self._time(arm, round_seconds / mean)
+        if arm == PLAIN and mean < self._burst:  # at the end of a text, whose single steps take longer
+            self._timed[PLAIN] = self._tokens  # and no other is to be made because this one says nothing
+        elif arm == PLAIN:
+            self._time(arm, round_seconds / mean)
         else:
             self._learn_showing(spent)
             # An interruption of the machine's is the draft's fault in part only.

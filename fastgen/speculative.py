@@ -138,7 +138,7 @@ class SpeculativeEngine(Engine):
         for drafter in self.drafters:
             jobs += self._warm_prefills(drafter.steps) if drafter.steps else []
         arms = self.arms if isinstance(self.pace, FixedPace) else (*self.arms, PLAIN)
-        cases = [(arm, left) for arm in arms for left in (set(self._rounds.burst) if arm == PLAIN else {1})]
+        cases = [(arm, left) for arm in arms for left in (self._rounds.burst.sizes() if arm == PLAIN else [1])]
         for bound in self._bounds():
             jobs += [partial(self._warm_arm, arm, left, bound, options) for arm, left in cases]
         if self.device.type == "cuda":
@@ -176,9 +176,8 @@ class SpeculativeEngine(Engine):
         if showing:
             self._showing = dict(self.model.ranks.share(list(showing.items())))  # all ranks show the same chunks
         ngram = [isinstance(drafter, NgramDrafter) for drafter in self.drafters]
-        self.pace = LivePace(
-            seconds, {number: NGRAM_HOPE if found else MODEL_HOPE for number, found in enumerate(ngram)}, showing
-        )
+        hopes = {number: NGRAM_HOPE if found else MODEL_HOPE for number, found in enumerate(ngram)}
+        self.pace = LivePace(seconds, hopes, showing, burst=self._rounds.burst.most)
         self._texts, self._drafted = [], 0
 
     def _time_round(self, arm: Arm, options: GenerationOptions) -> float:
@@ -240,6 +239,7 @@ class SpeculativeEngine(Engine):
     def _decode(self, rows: Rows, first: Choice, filled: int, options: GenerationOptions) -> Iterator[StepTokens]:
         assert self.pace, "there is a pace once there are rounds"
         starts = places = rows.positions.tolist()  # of the last token of each row that the host knows
+        most = self._most_new(min(starts), options)
         self.pace.begin()
         self.tally = Tally()
         tokens = first.token.tolist()
@@ -255,7 +255,7 @@ class SpeculativeEngine(Engine):
             made += sum(launch.tokens if launch.arm == PLAIN else 1 for launch in waiting)  # at least
             missed = self._missed(filled - 1)
             arm = self._choose([width for _, width in missed])
-            round_, launch = self._launch(arm, filled, options.max_new_tokens - made, options)
+            round_, launch = self._launch(arm, filled, most - made, options)
             self.pace.queue(arm, launch.missed)
             yield from self._steps_of(queues)
             for done, its_launch in readback.push(round_, launch):
@@ -295,7 +295,8 @@ class SpeculativeEngine(Engine):
         self._behind = False
 
     def _launch(self, arm: Arm, filled: int, left: int, options: GenerationOptions) -> tuple[Round, Launch]:
-        """Queue a round for texts of at most `filled` tokens; at most `left` are still to come."""
+        """Queue a round for texts of at most `filled` tokens. At most `left` more are asked for, which is for plain
+        steps to know, not for drafts."""
         filled = min(filled, self._most_filled())
         start = shown = mark(self.device)
         missed: Sequence[tuple[int, int]] = ()

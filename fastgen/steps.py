@@ -183,8 +183,8 @@ class Steps:
         return choose_token(self.model, hidden, rows.positions, rows, options, logprobs=logprobs)
 
     def decode(self, filled: int, options: SamplingOptions, *, logprobs: bool, left: int) -> Choice:
-        """Decode the next tokens of all rows, [steps, B]: a burst, for texts of which at most so many are `left`. The
-        first step attends to `filled` positions, its own included."""
+        """Decode the next tokens of all rows, [steps, B], so many as `burst` has for texts with at most `left` tokens
+        still to come. The first step attends to `filled` positions, its own included."""
         options = options.structure()
         reach = self._positions.shape[0]
         if self._graphs:

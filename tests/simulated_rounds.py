@@ -32,6 +32,7 @@ class Machine:
     burst: int
     lag: int  # rounds that are queued before the oldest is read
     host: float = 0.0  # what the host needs to read a round and to queue another
+    single: float | None = None  # what a step costs that is made alone, at the end of a text; None: bursts alone
 
     def rehearsed(self) -> dict[Arm, float]:
         """Return what rounds of every arm cost one after the other, and a plain step."""
@@ -49,8 +50,15 @@ TINY = Machine({2: 1.33, 4: 1.36, 8: 1.4, 16: 1.5}, 0.47, 0.15, {16: 0.6, 128: 3
 MACHINES = {
     "tiny": TINY,
     "tiny, slow host": replace(TINY, host=4.0),
-    "7B": Machine({2: 1.03, 4: 1.06, 8: 1.12, 16: 1.2}, 0.066, 0.02, {16: 0.08, 128: 0.1, 1024: 0.4}, 2, 1),
-    "7B int4": Machine({2: 1.1, 4: 1.15, 8: 1.25, 16: 1.4}, 0.1, 0.04, {16: 0.15, 128: 0.2, 1024: 0.8}, 8, 1),
+    "7B": Machine(
+        {2: 1.03, 4: 1.06, 8: 1.12, 16: 1.2}, 0.066, 0.02, {16: 0.08, 128: 0.1, 1024: 0.4}, 2, 1, single=1.01
+    ),
+    "7B int4": Machine(
+        {2: 1.1, 4: 1.15, 8: 1.25, 16: 1.4}, 0.1, 0.04, {16: 0.15, 128: 0.2, 1024: 0.8}, 8, 1, single=1.05
+    ),
+    "dear single steps": Machine(
+        {2: 1.1, 4: 1.15, 8: 1.25, 16: 1.4}, 0.1, 0.04, {16: 0.15, 128: 0.2, 1024: 0.8}, 8, 1, single=1.3
+    ),
     "CPU": Machine({2: 1.15, 4: 1.35, 8: 1.7, 16: 2.3}, 0.25, 0.05, {16: 0.5, 128: 1.3, 1024: 10.0}, 1, 0),
     "CPU batch": Machine({2: 1.6, 4: 2.6, 8: 4.6, 16: 8.6}, 0.25, 0.05, {16: 3.0, 128: 20.0, 1024: 160.0}, 1, 0),
     "slow draft": Machine({2: 1.2, 4: 1.4, 8: 1.6, 16: 2.0}, 1.1, 1.5, {16: 1.2, 128: 3.0, 1024: 6.0}, 8, 1),
@@ -87,6 +95,7 @@ def simulate(
         {arm: cost * price(arm) * STEP_SECONDS for arm, cost in kind.rehearsed().items()},
         {0: MODEL_HOPE, 1: NGRAM_HOPE},
         {width: cost * STEP_SECONDS for width, cost in kind.showing.items()},
+        burst=kind.burst,
     )
     speeds, arms, before = [], Counter(), 0
     for length in lengths:
@@ -99,8 +108,10 @@ def simulate(
             missed = missed if arm != PLAIN and arm.drafter == 0 else []
             pace.queue(arm, missed)
             cost, tokens = costs[arm], 1
-            if arm == PLAIN:
+            if arm == PLAIN and (kind.single is None or length - at >= kind.burst):
                 cost, tokens = kind.burst, kind.burst
+            elif arm == PLAIN:
+                cost = kind.single
             while tokens <= arm.drafts and chance.random() < text(arm.drafter, before + at):
                 tokens += 1
             showing = sum(kind.showing[width] for width in missed)

@@ -1,6 +1,7 @@
 """What `auto` is told that rounds take: rehearsals before the first text, then what the device waits too."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,13 +28,41 @@ def target() -> LoadedModel:
 
 def test_a_plain_step_is_priced_by_its_share_of_a_burst(target: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = SpeculativeEngine(target, Speculation(draft=random_model()), max_seq_len=CAPACITY)
-    engine._rounds.burst = Burst(8, 8)
+    engine._rounds.burst = Burst(8, 1)
     monkeypatch.setattr(engine, "_time_round", lambda arm, options: 8.0 if arm == PLAIN else 1.5)
     monkeypatch.setattr(engine, "_time_showing", lambda width: width / 100)
     with torch.inference_mode():
         engine._calibrate(GREEDY)
     assert engine.pace._seconds == {PLAIN: 1.0} | dict.fromkeys(engine.arms, 1.5)
+    assert engine.pace._burst == 8
     assert engine.pace._showing == engine._showing == {16: 0.16, 128: 1.28}
+
+
+def test_bursts_are_rehearsed_though_a_text_is_to_be_short(
+    target: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, asked = SpeculativeEngine(target, Speculation(draft="ngram"), max_seq_len=CAPACITY), []
+    launch = engine._launch
+    monkeypatch.setattr(engine, "_launch", lambda *arguments: asked.append(arguments[2]) or launch(*arguments))
+    with torch.inference_mode():
+        engine._time_round(PLAIN, replace(GREEDY, max_new_tokens=1))
+    assert asked and min(asked) >= 8
+
+
+def test_a_warm_up_launches_every_arm_and_both_kinds_of_plain_rounds(
+    target: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, launched = SpeculativeEngine(target, Speculation(draft="ngram"), max_seq_len=CAPACITY), set()
+    engine._rounds.burst = Burst(8, 1)
+    monkeypatch.setattr(
+        engine, "_launch", lambda arm, filled, left, options: launched.add((arm, engine._rounds.burst.steps(left)))
+    )
+    jobs = [job for job in engine._warm_jobs(GREEDY) if getattr(job, "func", None) == engine._warm_arm]
+    with torch.inference_mode():
+        for job in jobs:
+            job()
+    assert {steps for arm, steps in launched if arm == PLAIN} == {1, 8}
+    assert {arm for arm, _ in launched} == {PLAIN, *engine.arms}
 
 
 def test_a_warm_up_measures_before_the_first_text_compiled_or_not(

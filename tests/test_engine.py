@@ -59,6 +59,34 @@ def test_a_text_of_so_many_tokens_is_made_of_bursts_and_at_its_end_of_single_ste
     assert tokens == generate_naively(model, text_of(17), count, options.sampling) and made == expected
 
 
+def test_a_text_that_its_context_ends_is_no_longer_made_of_bursts_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, asked = Engine(random_model(), batch=2, max_seq_len=24), []
+    decode = engine._steps.decode
+
+    def noting(filled: int, sampling: SamplingOptions, *, logprobs: bool, left: int) -> Choice:
+        asked.append(left)
+        return decode(filled, sampling, logprobs=logprobs, left=left)
+
+    monkeypatch.setattr(engine._steps, "decode", noting)
+    engine.generate([text_of(17), text_of(20)], GenerationOptions(max_new_tokens=100, ignore_eos=True))
+    assert asked == [6, 5, 4, 3, 2, 1], "the shorter prompt has room for seven tokens, the first of which is there"
+
+
+def test_a_warm_up_makes_bursts_and_single_steps_up_to_every_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, made, started = Engine(random_model(), max_seq_len=240), [], []
+    steps = engine._steps
+    steps.burst = Burst(8, 1)
+    monkeypatch.setattr(steps, "bounds", lambda: [100, 200])
+    monkeypatch.setattr(steps, "start", lambda rows: started.append(int(rows.positions[0])))
+    monkeypatch.setattr(steps, "decode", lambda filled, options, *, logprobs, left: made.append((filled, left)))
+    with torch.inference_mode():
+        for job in engine._warm_jobs(GenerationOptions()):
+            job()
+    ends = [(filled + steps.burst.steps(left) - 1, steps.burst.steps(left)) for filled, left in made]
+    assert ends == [(100, 1), (100, 8), (200, 1), (200, 8)], "where the last step attends to, and how many there are"
+    assert started == [filled - 1 for filled, _ in made], "the row's token stands where the first step appends it"
+
+
 def test_sampled_tokens_equal_the_naive_twins_with_every_filter() -> None:
     model, prompt = random_model(), text_of(20)
     sampling = SamplingOptions(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=5)

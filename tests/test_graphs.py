@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from fastgen.graphs import Burst, GraphDecoder, Graphs, bounds_below, burst_of
+from fastgen.options import SamplingOptions
+from fastgen.steps import Steps
+from tests.models import random_model
 
 
 class Rows(NamedTuple):
@@ -61,9 +64,62 @@ def test_there_is_a_graph_for_every_bound_and_choice_and_the_smallest_that_holds
     assert decoder.captures == 7
 
 
+class Step(NamedTuple):
+    """What a step gives."""
+
+    token: Tensor
+    logprob: Tensor | None
+
+
+def test_bursts_and_single_steps_go_on_where_the_last_graph_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With graphs that do their work at every replay, into the same result."""
+    read: list[tuple[int, int]] = []  # by each step: the position it stands at, and how many it attends to
+
+    def step(rows: Rows, bound: int, options: None, *, logprobs: bool) -> Step:
+        read.append((int(rows.positions[0]), bound))
+        return Step(3 * rows.token + rows.positions, None)
+
+    def capture(self: Graphs, work: Callable[[], Step], state: list[Tensor]) -> tuple[Any, Step]:
+        saved = [tensor.clone() for tensor in state]
+        result = work()
+        for tensor, before in zip(state, saved, strict=True):
+            tensor.copy_(before)
+        read.clear()
+        return SimpleNamespace(replay=lambda: result.token.copy_(work().token)), result
+
+    monkeypatch.setattr(Graphs, "_capture", capture)
+    decoder, token, position = GraphDecoder(step, 600, bounds_below(600)), 5, 250
+    decoder.start(Rows(torch.tensor([token]), torch.tensor([position])))
+    for steps, bound in ((4, 256), (1, 256), (1, 256), (4, 512)):
+        found = decoder.decode(position + steps, steps, None, logprobs=False).token
+        assert found.shape == (steps, 1)
+        assert read == [(position + made, bound) for made in range(steps)]
+        read.clear()
+        for number in found[:, 0].tolist():
+            token, position = 3 * token + position, position + 1
+            assert number == token
+
+
+def test_a_graph_reads_as_far_as_its_last_step_attends_and_no_farther_than_the_cache() -> None:
+    asked = []
+    steps = Steps(random_model().transformer, 600, compiled=False)
+    steps.burst = Burst(8, 1)
+    steps._graphs = SimpleNamespace(decode=lambda *arguments, logprobs: asked.append(arguments[:2]))
+    for filled, left in ((100, 20), (100, 8), (100, 7), (595, 8), (600, 1)):
+        steps.decode(filled, SamplingOptions(), logprobs=False, left=left)
+    assert asked == [(107, 8), (107, 8), (100, 1), (600, 8), (600, 1)]
+
+
 @pytest.mark.parametrize(
     ("gigabytes", "burst"),
-    [(0.1, Burst(8, 8)), (0.8, Burst(8, 1)), (8, Burst(8, 1)), (13.5, Burst(4, 1)), (140, Burst(2, 1))],
+    [
+        (0.1, Burst(8, 8)),
+        (1.9, Burst(8, 8)),
+        (2, Burst(8, 1)),
+        (8, Burst(8, 1)),
+        (13.5, Burst(4, 1)),
+        (140, Burst(2, 1)),
+    ],
 )
 def test_the_larger_a_model_the_shorter_its_bursts_and_a_tiny_one_makes_no_single_steps(
     gigabytes: float, burst: Burst

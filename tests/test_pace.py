@@ -139,11 +139,18 @@ def test_a_plain_step_that_slowed_down_says_so_of_every_arm() -> None:
 
 
 def test_single_steps_at_the_end_of_a_text_say_nothing_of_a_burst() -> None:
-    pace = LivePace({PLAIN: 1.0, Arm(0, 1): 1.2}, {0: MODEL_HOPE})
-    for seconds, tokens in ((8.0, 8), (8.0, 8), (1.4, 1), (1.4, 1)):
+    pace = LivePace({PLAIN: 1.0, Arm(0, 1): 1.2}, {0: MODEL_HOPE}, burst=8)
+    for seconds, tokens in ((1.4, 1), (8.0, 8), (8.0, 8), (1.4, 1), (1.4, 1)):
         pace.queue(PLAIN, [])
         pace.record(PLAIN, Spent(seconds), [tokens])
     assert pace._seconds == {PLAIN: 1.0, Arm(0, 1): 1.2}
+
+
+@pytest.mark.parametrize("machine", ["7B int4", "dear single steps"])
+def test_short_texts_behind_a_long_one_are_drafted_too(machine: str) -> None:
+    """Their plain steps are single ones, which say nothing of a burst; who waits for a timing would stay plain."""
+    speeds = simulate(machine, lambda drafter, at: 0.45 if drafter == 0 else 0.0, [200] + [7] * 400).speeds[-200:]
+    assert sum(speeds) / len(speeds) > 1.1
 
 
 def test_one_wild_timing_is_believed_in_part() -> None:

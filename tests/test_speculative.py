@@ -4,6 +4,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -292,6 +293,22 @@ def test_a_plain_step_under_speculation_is_a_step_of_plain_decoding_and_nothing_
     added = {name: count for name, count in (bursts[1] - bursts[0]).items() if name not in views}
     expected = {name: 7 * count for name, count in step.calls.items() if name not in views}
     assert {name: count for name, count in added.items() if count > expected.get(name, 0)} == {}
+
+
+def test_rounds_of_other_lengths_are_other_graphs_that_read_as_far_as_they_get(
+    target: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = SpeculativeEngine(target, Speculation(draft="self:1"), max_seq_len=CAPACITY)._rounds
+    cases: list[object] = []
+    monkeypatch.setattr(rounds, "_graphs", SimpleNamespace())
+    monkeypatch.setattr(rounds, "_run", lambda case, work: cases.append(case[:3]))
+    rounds.bounds = [64, 128]
+    for steps, filled in ((8, 56), (8, 57), (1, 57), (1, 64)):
+        rounds.decode(steps, filled, GREEDY.sampling, logprobs=False)
+    rounds.verify(8, 57, GREEDY.sampling, logprobs=False)
+    assert cases == [
+        ("decode", 8, 64), ("decode", 8, 128), ("decode", 1, 64), ("decode", 1, 128), ("verify", 8, 128)
+    ]  # fmt: skip
 
 
 class NoHost(TorchDispatchMode):

@@ -88,7 +88,8 @@ def test_leviathans_rule_compiles_for_a_batch() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("draft", ["model", "self:1", "ngram"])
 @pytest.mark.parametrize("count", [3, "auto"])
-def test_rounds_in_cuda_graphs_give_plain_tokens(draft: str, count: int | str) -> None:
+def test_rounds_in_cuda_graphs_give_plain_tokens(draft: str, count: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgen.graphs.SINGLE_BYTES", 0)  # single steps at the end of a text
     target = random_model(device="cuda", max_seq_len=400)
     drafter = random_model(1, device="cuda", max_seq_len=400, n_layers=1) if draft == "model" else draft
     engine = SpeculativeEngine(target, Speculation(draft=drafter, count=count), compile=True)
