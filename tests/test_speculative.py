@@ -208,12 +208,14 @@ def test_a_draft_catches_up_beside_a_text_that_is_full(target: LoadedModel) -> N
     assert texts(engine, PROMPTS[:2], options) == texts(plain, PROMPTS[:2], options)
 
 
+@pytest.mark.parametrize(("context", "count", "most"), [(CAPACITY, 40, 40), (48, 60, 45)])
 @pytest.mark.parametrize("readback", [Readback, OneBehind])
 def test_plain_rounds_are_bursts_while_the_slowest_text_needs_all_of_them(
-    target: LoadedModel, readback: type, monkeypatch: pytest.MonkeyPatch
+    target: LoadedModel, readback: type, context: int, count: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A round that the host has not read yet counts with the tokens that it gives at least."""
-    engine = SpeculativeEngine(target, Speculation(draft="self:1", count=3), batch=2, max_seq_len=CAPACITY)
+    """A round that the host has not read yet counts with the tokens that it gives at least, and of a prompt of three
+    tokens no more are needed than its context holds."""
+    engine = SpeculativeEngine(target, Speculation(draft="self:1", count=3), batch=2, max_seq_len=context)
     monkeypatch.setattr("fastgen.speculative.Readback", readback)
     engine._rounds.burst = Burst(8, 1)
     given: list[Sequence[int]] = []  # by each round that was read, to each text
@@ -230,18 +232,18 @@ def test_plain_rounds_are_bursts_while_the_slowest_text_needs_all_of_them(
 
     monkeypatch.setattr(engine, "_launch", launched)
     engine.pace = Noting(2)
-    options = GenerationOptions(max_new_tokens=40, ignore_eos=True)
+    options = GenerationOptions(max_new_tokens=count, ignore_eos=True)
     assert texts(engine, PROMPTS[:2], options) == texts(
-        Engine(target, batch=2, max_seq_len=CAPACITY), PROMPTS[:2], options
+        Engine(target, batch=2, max_seq_len=context), PROMPTS[:2], options
     )
     lengths = []
     for number, (arm, left, read) in enumerate(asked):
         lengths.append(Burst(8, 1).steps(left) if arm == PLAIN else 1)
         least = min(map(sum, zip(*given[:read], strict=True)), default=0)
-        assert left == options.max_new_tokens - 1 - least - sum(lengths[read:number]), number
+        assert left == most - 1 - least - sum(lengths[read:number]), number
     plain = [length for (arm, _, _), length in zip(asked, lengths, strict=True) if arm == PLAIN]
     assert [list(row) for row in given if len(set(row)) > 1], "some round gives one text more than the other"
-    assert set(plain) == {1, 8}
+    assert 8 in plain and (1 in plain or context < CAPACITY)
 
 
 def test_pieces_say_which_tokens_were_drafted(target: LoadedModel) -> None:
