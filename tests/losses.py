@@ -45,14 +45,14 @@ DELAYS = {"load": 0.1, "prefill": 0.2, "decode": 1.0, "speculation": 1.0}
 COUNTS = {"kill": 25, "stall": 5, "agent": 5, "fail": 5}
 """Of each kind in each phase: 100 ranks killed, 20 stalled, 20 agents killed, and 20 ranks that fail."""
 
-COUNTS_ON_GPUS = {"kill": 2, "fail": 2, "agent": 1, "stall": 1}
-PHASES_ON_GPUS = ("load", "prefill", "decode")
+COUNTS_ON_GPUS, PHASES_ON_GPUS = {"kill": 2, "fail": 2, "agent": 1, "stall": 1}, ("load", "prefill", "decode")
+"""Of each kind in each of these phases: 18 runs."""
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What happens to a run so long after a rank has come to a phase: "kill" or "stall" of the rank, "agent", or "fail"
-    where the rank next comes on."""
+    """What happens to a run, on a "cpu" or on GPUs ("cuda"), so long after a rank has come to a phase: "kill" or
+    "stall" of the rank, "agent", or "fail" where the rank next comes on."""
 
     kind: str
     world: int
@@ -101,14 +101,14 @@ def lose(folder: Path, disturbance: Disturbance) -> Loss:
     """Disturb a run, and check that it ends in time, with the one message that is due."""
     kind, phase = disturbance.kind, disturbance.phase
     marker = folder / "disturbed"
+    on_gpus = disturbance.device == "cuda"
+    command, flags = ("bench", ENDLESS_ON_GPUS) if on_gpus else ("generate", (*ENDLESS, *FLAGS.get(phase, ())))
+    timeout = TIMEOUT_ON_GPUS if on_gpus else TIMEOUT
     plan = {
         "rank": disturbance.rank, "phase": "decode" if phase == "speculation" else phase,
-        "seconds": disturbance.seconds, "number": SIGNALS[kind], "marker": str(marker),
-        "command": "bench" if disturbance.device == "cuda" else "generate",
+        "seconds": disturbance.seconds, "number": SIGNALS[kind], "marker": str(marker), "command": command,
     }  # fmt: skip
-    endless = ENDLESS_ON_GPUS if disturbance.device == "cuda" else (*ENDLESS, *FLAGS.get(phase, ()))
-    timeout = TIMEOUT_ON_GPUS if disturbance.device == "cuda" else TIMEOUT
-    flags = [*endless, "--timeout", str(timeout)]
+    flags = (*flags, "--timeout", str(timeout))
     allowed = SECONDS + (timeout if kind == "stall" else 0)
     with torchrun(folder, disturbance.world, json.dumps(plan), *flags, module="tests.disturbed_rank") as run:
         run.wait_for_ranks(disturbance.world)
