@@ -14,7 +14,6 @@ faster ones wait for the slowest on the host alone.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -184,12 +183,11 @@ class SpeculativeEngine(Engine):
         """Return the seconds of a round in the midst of others. On a GPU the first is launched while the device waits,
         the next while the host has nothing to read: neither costs what those that follow do."""
         rehearsal = self.pace = Rehearsal(arm)
-        options = replace(options, max_new_tokens=ENDLESS)
         rows = self._idle_rows(self._smallest, options)
         self._start(rows, options)
         self._drafted, self._behind = self._smallest, False
         try:
-            for _ in self._decode(rows, Choice(rows.token, None), self._smallest, options):
+            for _ in self._speculate(rows, Choice(rows.token, None), ENDLESS, options):
                 if len(rehearsal.seconds) >= (REHEARSED if self.device.type == "cuda" else 1):
                     break
         finally:  # a chat goes on when this was interrupted, and then is to find out anew
@@ -237,9 +235,13 @@ class SpeculativeEngine(Engine):
         return shared
 
     def _decode(self, rows: Rows, first: Choice, filled: int, options: GenerationOptions) -> Iterator[StepTokens]:
+        most = self._most_new(int(rows.positions.min()), options)
+        return self._speculate(rows, first, most, options)
+
+    def _speculate(self, rows: Rows, first: Choice, most: int, options: GenerationOptions) -> Iterator[StepTokens]:
+        """Yield as `Engine._decode`; at most so many tokens of each text are asked for."""
         assert self.pace, "there is a pace once there are rounds"
         starts = places = rows.positions.tolist()  # of the last token of each row that the host knows
-        most = self._most_new(min(starts), options)
         self.pace.begin()
         self.tally = Tally()
         tokens = first.token.tolist()

@@ -41,7 +41,8 @@ def test_a_plain_step_is_priced_by_its_share_of_a_burst(target: LoadedModel, mon
 def test_bursts_are_rehearsed_though_a_text_is_to_be_short(
     target: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, asked = SpeculativeEngine(target, Speculation(draft="ngram"), max_seq_len=CAPACITY), []
+    """The context too."""
+    engine, asked = SpeculativeEngine(target, Speculation(draft="ngram"), max_seq_len=24), []
     launch = engine._launch
     monkeypatch.setattr(engine, "_launch", lambda *arguments: asked.append(arguments[2]) or launch(*arguments))
     with torch.inference_mode():
