@@ -307,7 +307,7 @@ class Engine:
             filled += len(burst.token)
 
     def _most_new(self, shortest: int, options: GenerationOptions) -> int:
-        """Return how many tokens at most are asked for of a text whose prompt has so many, a batch's shortest."""
+        """Return how many tokens at most are asked of any text of a batch whose shortest prompt has `shortest`."""
         return min(options.max_new_tokens, self.max_seq_len - shortest)
 
     def _unpack(self, burst: Choice) -> Iterator[StepTokens]:

@@ -5,8 +5,8 @@ that the steps themselves move on, and attention reads a fixed number of positio
 power of two, of which a step takes the smallest that holds its text. All graphs share one pool of memory.
 
 A graph of several steps costs one launch, so the host keeps ahead of models whose step takes a fraction of a
-millisecond. The last tokens of a text are single steps, unless the model is tiny: nobody is to wait for a burst whose
-first token is all that he needs. What was decoded behind the end of a text is thrown away.
+millisecond. The last tokens of a text are single steps, unless the model is small (`SINGLE_BYTES`): nobody is to wait
+for a burst whose first token is all that he needs. What was decoded behind the end of a text is thrown away.
 """
 
 import contextlib

@@ -146,7 +146,7 @@ class LivePace:
         self, seconds: Mapping[Arm, float], hopes: Mapping[int, float], showing: Mapping[int, float] | None = None,
         *, burst: int = 1,
     ) -> None:  # fmt: skip
-        """`seconds` are the measured costs of a round of every arm, for `PLAIN` of a step among the `burst` of a round;
+        """`seconds` are the measured costs of a round of every arm, for `PLAIN` of one of the `burst` steps of its round;
         `hopes` what to expect of every drafter; `showing` what showing the first drafter a chunk of the text costs, by
         its width."""
         assert PLAIN in seconds, "plain decoding is always a choice"
@@ -154,7 +154,7 @@ class LivePace:
         self._seconds, self._showing = dict(seconds), dict(showing or {})
         self._step = self._seconds[PLAIN]  # as measured, but no round that was timed since is cheaper
         self._timings = dict.fromkeys(self.arms, 0)
-        self._burst = burst
+        self._burst = burst  # steps of a plain round, but at the end of a text
         self._tokens = 0.0  # that a row got so far
         self._timed = dict.fromkeys(self.arms, 0.0)  # when, in these tokens
         drafting = sorted(arm for arm in self.arms if arm != PLAIN)

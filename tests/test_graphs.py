@@ -121,7 +121,7 @@ def test_a_graph_reads_as_far_as_its_last_step_attends_and_no_farther_than_the_c
         (140, Burst(2, 1)),
     ],
 )
-def test_the_larger_a_model_the_shorter_its_bursts_and_a_tiny_one_makes_no_single_steps(
+def test_the_larger_a_model_the_shorter_its_bursts_and_a_small_one_makes_no_single_steps(
     gigabytes: float, burst: Burst
 ) -> None:
     assert burst_of(int(gigabytes * 2**30)) == burst

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.losses import ENDLESS, SECONDS, Disturbance, disturbances, lose
+from tests.losses import COUNTS, ENDLESS, SECONDS, Disturbance, disturbances, lose
 from tests.torchrun import torchrun
 
 
@@ -55,7 +55,7 @@ def test_ctrl_c_keeps_the_text_and_leaves_no_process(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("kind", ["kill", "stall", "agent"])
+@pytest.mark.parametrize("kind", COUNTS)
 def test_ranks_and_agents_lost_in_every_phase(kind: str, tmp_path: Path) -> None:
     chosen = [disturbance for disturbance in disturbances() if disturbance.kind == kind]
     for number, disturbance in enumerate(chosen):
