@@ -146,7 +146,7 @@ class LivePace:
         self, seconds: Mapping[Arm, float], hopes: Mapping[int, float], showing: Mapping[int, float] | None = None,
         *, burst: int = 1,
     ) -> None:  # fmt: skip
-        """`seconds` are the measured costs of a round of every arm, for `PLAIN` of one of the `burst` steps of its round;
+        """`seconds` are the measured costs of a round of every arm, for `PLAIN` of one step of its round's `burst`;
         `hopes` what to expect of every drafter; `showing` what showing the first drafter a chunk of the text costs, by
         its width."""
         assert PLAIN in seconds, "plain decoding is always a choice"
