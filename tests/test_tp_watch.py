@@ -107,7 +107,7 @@ def test_a_rank_that_is_stopped_is_killed(tmp_path: Path) -> None:
 
 
 def test_of_ranks_that_are_equally_far_the_one_that_is_stopped_has_stalled(tmp_path: Path) -> None:
-    stopping = "watch.at('decode'); sleep(0.5); import os; os.kill(os.getpid(), 19)"
+    stopping = "watch.at('decode'); sleep(0.9); import os; os.kill(os.getpid(), 19)"
     with crew(tmp_path, WAITING, WAITING, stopping) as ranks:
         assert ranks.ended() == [6, 6, -9]
         assert ranks.told() == ["fastgen: rank 2 of 3 has not come on for 3 s, in decode: all processes end\n", "", ""]
@@ -133,6 +133,17 @@ def test_a_person_may_think_for_as_long_as_they_like(tmp_path: Path) -> None:
     waiting = "watch.at('decode'); watch.at('load'); print(watch.share(None))"
     with crew(tmp_path, asking, waiting, timeout=1.0) as ranks:
         assert ranks.ended() == [0, 0] and ranks.told() == ["", "hello\n"]
+
+
+def test_a_rank_says_how_far_it_is_every_half_second_and_not_whenever_it_hears_another(tmp_path: Path) -> None:
+    """Ranks that answered each other kept two threads busy and took two thirds of a step's time on two cores."""
+    counting = "said, send = [], watch._send; watch._send = lambda m: (said.append(m), send(m))"
+    counting += "; sleep(2.2); print(len(said))"
+        "said, send = [], watch._send; watch._send = lambda m: (said.append(m), send(m)); sleep(2.2); print(len(said))"
+    )
+    with crew(tmp_path, counting, counting) as ranks:
+        assert ranks.ended() == [0, 0]
+        assert all(3 <= int(told) <= 5 for told in ranks.told())
 
 
 def test_what_is_shared_comes_in_order_to_all(tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ from fastgen.errors import INTERRUPTED, RankLostError
 from tp.guard import Guard
 from tp.place import Place, place_from_environment
 
-PERIOD = 0.5
+PERIOD, TURN = 0.5, 0.1
+"""Seconds between two things that a rank says of itself, and after which it looks at the others though none spoke."""
+
 QUIET = 4 * PERIOD
 """Seconds after which a rank that says nothing may be stopped."""
 
@@ -234,11 +236,9 @@ class Watch:
             self._lose(self.place.rank, f"failed to watch the others ({type(error).__name__}: {error})")
 
     def _run(self) -> None:
-        woken = float("-inf")
+        woken = told = float("-inf")
         while True:
-            if self._guard:
-                self._guard.beat()
-            events = self._selector.select(PERIOD)
+            events = self._selector.select(TURN)
             # One reading of the clock a turn: if we are stopped within the turn, nothing in it has become old.
             now = time.monotonic()
             if now - woken > QUIET:  # we were stopped, perhaps with all the others: their silence means nothing
@@ -253,7 +253,11 @@ class Watch:
                     self._on_signals(key.fileobj.recv(64))  # type: ignore[union-attr]
                 else:
                     self._read(key.data)
-            self._send({"at": [self._progress, self._phase, now - self._moved]})
+            if now - told >= PERIOD:  # and not whenever another has spoken: the two would answer each other for ever
+                told = now
+                self._send({"at": [self._progress, self._phase, now - self._moved]})
+                if self._guard:
+                    self._guard.beat()
             if os.getppid() != self._parent:
                 self._lose(-1, f"torchrun's agent died in {self._phase}")
             self._check_deadline(now)
