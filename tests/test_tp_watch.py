@@ -139,8 +139,6 @@ def test_a_rank_says_how_far_it_is_every_half_second_and_not_whenever_it_hears_a
     """Ranks that answered each other kept two threads busy and took two thirds of a step's time on two cores."""
     counting = "said, send = [], watch._send; watch._send = lambda m: (said.append(m), send(m))"
     counting += "; sleep(2.2); print(len(said))"
-        "said, send = [], watch._send; watch._send = lambda m: (said.append(m), send(m)); sleep(2.2); print(len(said))"
-    )
     with crew(tmp_path, counting, counting) as ranks:
         assert ranks.ended() == [0, 0]
         assert all(3 <= int(told) <= 5 for told in ranks.told())
