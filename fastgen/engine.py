@@ -260,7 +260,9 @@ class Engine:
                 self.warm_up(self._warm_for)
         generation = self._generation = object()
         rows, first = self._begin(prompts, options, samples)
-        for step in self._decode(rows, first, max(map(len, prompts)), options):
+        shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+        most = min(options.max_new_tokens, self.max_seq_len - shortest)
+        for step in self._decode(rows, first, longest, most, options):
             for text, token in zip(self._texts, step.tokens, strict=True):
                 text.append(token)
             yield step
@@ -292,12 +294,15 @@ class Engine:
     def _prepare(self, rows: Rows, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> None:
         """Begin what else must be done before texts of these rows, which hold their first tokens, are decoded."""
 
-    def _decode(self, rows: Rows, first: Choice, filled: int, options: GenerationOptions) -> Iterator[StepTokens]:
-        """Yield the first token of every text and those that follow, without end; `filled` is the longest prompt."""
+    def _decode(
+        self, rows: Rows, first: Choice, filled: int, most: int, options: GenerationOptions
+    ) -> Iterator[StepTokens]:
+        """Yield the first token of every text and those that follow, without end, of which at most `most` are asked of
+        any text; `filled` is the longest prompt."""
         self._steps.start(rows)
         readback: Readback[Choice, None] = Readback(self.device)
         burst = Choice(first.token[None], None if first.logprob is None else first.logprob[None])
-        end = filled - 1 + self._most_new(int(rows.positions.min()), options)
+        end = filled + most - 1
         while True:
             for due, _ in readback.push(burst, None):
                 yield from self._unpack(due)
@@ -305,10 +310,6 @@ class Engine:
             self.model.ranks.check_interrupt()
             burst = self._steps.decode(filled + 1, options.sampling, logprobs=options.logprobs, left=end - filled)
             filled += len(burst.token)
-
-    def _most_new(self, shortest: int, options: GenerationOptions) -> int:
-        """Return how many tokens at most are asked of any text of a batch whose shortest prompt has `shortest`."""
-        return min(options.max_new_tokens, self.max_seq_len - shortest)
 
     def _unpack(self, burst: Choice) -> Iterator[StepTokens]:
         """Yield a burst's steps, [steps, B], once the host has them."""

@@ -187,7 +187,7 @@ class SpeculativeEngine(Engine):
         self._start(rows, options)
         self._drafted, self._behind = self._smallest, False
         try:
-            for _ in self._speculate(rows, Choice(rows.token, None), ENDLESS, options):
+            for _ in self._decode(rows, Choice(rows.token, None), self._smallest, ENDLESS, options):
                 if len(rehearsal.seconds) >= (REHEARSED if self.device.type == "cuda" else 1):
                     break
         finally:  # a chat goes on when this was interrupted, and then is to find out anew
@@ -234,12 +234,9 @@ class SpeculativeEngine(Engine):
         self._drafted = min(self._drafted, shared)
         return shared
 
-    def _decode(self, rows: Rows, first: Choice, filled: int, options: GenerationOptions) -> Iterator[StepTokens]:
-        most = self._most_new(int(rows.positions.min()), options)
-        return self._speculate(rows, first, most, options)
-
-    def _speculate(self, rows: Rows, first: Choice, most: int, options: GenerationOptions) -> Iterator[StepTokens]:
-        """Yield as `Engine._decode`; at most so many tokens of each text are asked for."""
+    def _decode(
+        self, rows: Rows, first: Choice, filled: int, most: int, options: GenerationOptions
+    ) -> Iterator[StepTokens]:
         assert self.pace, "there is a pace once there are rounds"
         starts = places = rows.positions.tolist()  # of the last token of each row that the host knows
         self.pace.begin()

@@ -82,7 +82,7 @@ def test_a_graph_that_the_start_did_not_foresee_is_counted_and_can_be_an_error()
 @pytest.mark.gpu
 @pytest.mark.parametrize("single", [False, True])
 def test_cuda_graphs_are_kept_and_give_eagers_tokens(single: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of bursts, and of single steps at the end, as a model has them that is not tiny."""
+    """Of bursts, and of single steps at the end, as a model has them that is not small."""
     monkeypatch.setattr("fastgen.graphs.SINGLE_BYTES", 0 if single else 1 << 40)
     counters.clear()
     model = random_model(device="cuda", max_seq_len=1200)

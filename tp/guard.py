@@ -2,7 +2,7 @@
 
 The watch (`tp.watch`) is a thread of Python's. Whoever holds the interpreter's lock while it waits for a GPU, which
 waits for a rank that is gone, keeps that thread from running, and so does a process whose libraries wait for a GPU as
-it ends. So the watch gives a sign of life in every turn to a process that needs nothing of the rank's, and kills it
+it ends. So the watch gives a sign of life every half second to a process that needs nothing of the rank's, and kills it
 
     torchrun tells the rank to end, or its agent died    after three seconds: the watch takes two
     no sign of life for `timeout`                        after three seconds more, which the other ranks' watches have
