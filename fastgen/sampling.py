@@ -43,6 +43,10 @@ class Vocabulary:
         """Return x [.., n] of all parts side by side, [.., parts n], the lowest tokens first."""
         return x
 
+    def largest(self, number: int) -> int:
+        """Return the largest of all parts' numbers, whose ranks come here together."""
+        return number
+
     def join(self, logits: Tensor) -> Tensor:
         """Return the logits of the whole vocabulary."""
         return logits

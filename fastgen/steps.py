@@ -260,8 +260,7 @@ def covered_by_kernels(model: Transformer, batch: int) -> bool:
 def most_bytes(model: Transformer) -> int:
     """Return the bytes of weights that a step reads, of several ranks' parts the largest: all are to make as many steps
     at a time. The ranks come here together."""
-    own = torch.tensor([model.weight_bytes()], device=model.embedding.weight.device)
-    return int(model.vocabulary.gather(own).max())
+    return model.vocabulary.largest(model.weight_bytes())
 
 
 def count_compilations() -> int:

@@ -48,6 +48,9 @@ class ThreadRanks(Ranks):
     def gather(self, x: Tensor) -> Tensor:
         return self.meeting.exchange(self.rank, x)
 
+    def largest(self, value: int) -> int:
+        return max(self.meeting.bring(self.rank, value))
+
     def share(self, value: Any) -> Any:
         return self.meeting.bring(self.rank, value)[0]
 

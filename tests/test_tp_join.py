@@ -1,5 +1,7 @@
 """Joining the ranks, and what they do together: whose GPU is whose, who waits how long, and what a sum leaves alone."""
 
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastgen.errors import UsageError
+import tp.dist
+from fastgen.errors import RankLostError, UsageError
 from tests.rank_threads import on_ranks
 from tests.torchrun import ENVIRONMENT, PORT
 from tp.dist import Ranks, choose_device, join
@@ -28,7 +31,7 @@ def current(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("device", [None, "cuda"])
 def test_a_rank_takes_the_gpu_of_its_place_on_its_machine(device: str | None, current: list[int]) -> None:
-    assert choose_device(device, Place(rank=3, world=4, local=1)) == "cuda:1"
+    assert choose_device(device, Place(rank=3, world=4, local=1, local_world=2)) == "cuda:1"
     assert current == [1]
 
 
@@ -40,11 +43,33 @@ def test_ranks_on_cpus_choose_no_gpu(current: list[int], monkeypatch: pytest.Mon
 
 
 def test_more_ranks_than_gpus_and_a_gpu_for_all_are_refused(current: list[int]) -> None:
-    with pytest.raises(UsageError, match="started 3 processes or more on a machine with 2 GPU"):
-        choose_device(None, Place(rank=2, world=3, local=2))
+    with pytest.raises(UsageError, match="started 3 processes on a machine with 2 GPU"):
+        choose_device(None, Place(rank=0, world=3, local=0, local_world=3))
     with pytest.raises(UsageError, match="--device cuda:0: under torchrun every process has a GPU of its own"):
         choose_device("cuda:0", Place(rank=0, world=2, local=0))
     assert current == []
+
+
+def test_ranks_whose_agent_died_before_they_could_notice_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    names = {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    watch = Watch()
+    watch.place = Place(rank=1, world=2, local=1)
+    monkeypatch.setattr(tp.dist, "process_watch", lambda: watch)
+    with pytest.raises(RankLostError, match=f"torchrun's agent died: nobody answers at 127.0.0.1:{port}"):
+        join.__wrapped__("cpu", 60.0)
+
+
+def test_a_process_whose_parent_died_as_it_started_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tp.watch.place_from_environment", lambda: Place(rank=0, world=2))
+    watch = Watch()
+    monkeypatch.setattr(sys, "platform", "elsewhere")  # where no signal could be asked for either
+    monkeypatch.setattr(os, "getppid", lambda: watch._parent + 1)
+    with pytest.raises(RankLostError, match="torchrun's agent died as its processes started"):
+        watch.begin(silence=False)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -80,11 +80,66 @@ def test_a_death_is_told_by_the_lowest_that_lives(victim: int, tmp_path: Path) -
         assert ranks.told() == told
 
 
+def test_of_ranks_that_die_together_one_that_lives_tells(tmp_path: Path) -> None:
+    """Whoever would have told, by its number, is one of the dead."""
+    waiting = f"(folder / f'begun{{rank}}').touch(); {WAITING}"
+    with crew(tmp_path, *[waiting] * 4) as ranks:
+        ranks.wait(lambda: all((tmp_path / f"begun{rank}").exists() for rank in range(4)))
+        for process in ranks.processes[:2]:
+            process.kill()
+        assert ranks.ended() == [-9, -9, 6, 6]
+        told = ranks.told()
+        assert told[2] in [f"fastgen: rank {rank} of 4 died in decode: all processes end\n" for rank in range(2)]
+        assert told[:2] + told[3:] == ["", "", ""]
+
+
+def test_a_rank_that_is_told_to_end_ends_all(tmp_path: Path) -> None:
+    begun = f"(folder / f'begun{{rank}}').touch(); {WAITING}"
+    with crew(tmp_path, *[begun] * 3, timeout=60) as ranks:
+        ranks.wait(lambda: all((tmp_path / f"begun{rank}").exists() for rank in range(3)))
+        ranks.processes[1].terminate()
+        assert ranks.ended() == [6, 143, 6]
+        assert ranks.told() == ["fastgen: rank 1 of 3 was told to end in decode: all processes end\n", "", ""]
+
+
+def test_ranks_that_are_all_told_to_end_say_nothing(tmp_path: Path) -> None:
+    begun = f"(folder / f'begun{{rank}}').touch(); {WAITING}"
+    with crew(tmp_path, *[begun] * 2) as ranks:
+        ranks.wait(lambda: all((tmp_path / f"begun{rank}").exists() for rank in range(2)))
+        for process in ranks.processes:
+            process.terminate()
+        assert ranks.ended() == [143, 143] and ranks.told() == ["", ""]
+
+
 def test_a_failure_is_told_by_the_lowest_that_does_not_share_it(tmp_path: Path) -> None:
     failing = "watch.at('load'); watch.fail(3, 'no such file')"
     with crew(tmp_path, failing, WAITING, failing) as ranks:
         assert ranks.ended() == [3, 3, 3]
         assert ranks.told() == ["", "fastgen: rank 0 of 3 failed in load: no such file\n", ""]
+
+
+def test_two_that_live_on_tell_of_a_failure_once(tmp_path: Path) -> None:
+    """The second hears that the first has said it and ends, and does not take the first for dead."""
+    with crew(tmp_path, WAITING, WAITING, "watch.at('load'); watch.fail(3, 'no such file')") as ranks:
+        assert ranks.ended() == [3, 3, 3]
+        assert ranks.told() == ["fastgen: rank 2 of 3 failed in load: no such file\n", "", ""]
+
+
+def test_a_failure_when_the_first_rank_is_through_is_told(tmp_path: Path) -> None:
+    with crew(tmp_path, "", "sleep(0.5); watch.at('report'); watch.fail(3, 'no room')") as ranks:
+        assert ranks.ended() == [0, 3]
+        assert ranks.told() == ["", "fastgen: rank 1 of 2 failed in report: no room\n"]
+
+
+def test_before_the_ranks_are_connected_the_first_of_another_machine_tells_its_failure(tmp_path: Path) -> None:
+    watch = Watch()
+    watch.place, watch._silenced = Place(rank=2, world=4, local=0, local_world=2), True
+    with (tmp_path / "told").open("wb") as file:
+        watch._messages = file.fileno()
+        assert watch.fail(2, "one GPU")
+        watch.place = Place(rank=3, world=4, local=1, local_world=2)
+        assert watch.fail(2, "one GPU")
+    assert (tmp_path / "told").read_text() == "fastgen: rank 2 of 4: one GPU\n"
 
 
 def test_a_failure_of_all_is_for_each_to_tell(tmp_path: Path) -> None:
@@ -121,10 +176,36 @@ def test_all_that_are_stopped_are_killed(tmp_path: Path) -> None:
 
 def test_all_that_stand_still_in_a_step_have_stalled_and_in_loading_they_have_not(tmp_path: Path) -> None:
     with crew(tmp_path, *["watch.at('decode'); sleep(40)"] * 2) as ranks:
-        assert sorted(ranks.ended()) == [-9, 6]
+        assert ranks.ended() == [6, 6]
+        assert ranks.told() == ["fastgen: no rank has come on for 3 s, in decode: all processes end\n", ""]
     slow = tmp_path / "slow"
     slow.mkdir()
     with crew(slow, *["watch.at('load'); sleep(2.5)"] * 2, timeout=1.0) as ranks:
+        assert ranks.ended() == [0, 0] and ranks.told() == ["", ""]
+
+
+def test_a_rank_that_does_not_come_to_where_the_others_wait_has_stalled(tmp_path: Path) -> None:
+    meeting = "watch.at('load')\nwith watch.waiting(): sleep(40)"
+    with crew(tmp_path, meeting, "watch.at('load'); sleep(40)", timeout=1.0) as ranks:
+        assert ranks.ended() == [6, -9]
+        assert ranks.told() == ["fastgen: rank 1 of 2 has not come on for 1 s, in load: all processes end\n", ""]
+    together = tmp_path / "together"
+    together.mkdir()
+    with crew(together, meeting, meeting, timeout=1.0) as ranks:
+        assert ranks.ended() == [6, 6]
+        assert ranks.told() == ["fastgen: no rank has come on for 1 s, in join: all processes end\n", ""]
+
+
+def test_steps_of_less_than_the_timeout_are_no_stalls(tmp_path: Path) -> None:
+    """Of another rank one knows how far it was half a second ago."""
+    stepping = "for _ in range(5): watch.at('decode'); sleep(0.8)"
+    with crew(tmp_path, stepping, stepping, timeout=1.0) as ranks:
+        assert ranks.ended() == [0, 0] and ranks.told() == ["", ""]
+
+
+def test_a_rank_for_which_nobody_waits_takes_as_long_as_it_likes(tmp_path: Path) -> None:
+    """The first writes what all have made, to somebody who reads slowly, say."""
+    with crew(tmp_path, "watch.at('decode'); sleep(3)", "watch.at('decode')", timeout=1.0) as ranks:
         assert ranks.ended() == [0, 0] and ranks.told() == ["", ""]
 
 
@@ -138,10 +219,11 @@ def test_a_person_may_think_for_as_long_as_they_like(tmp_path: Path) -> None:
 def test_a_rank_says_how_far_it_is_every_half_second_and_not_whenever_it_hears_another(tmp_path: Path) -> None:
     """Ranks that answered each other kept two threads busy and took two thirds of a step's time on two cores."""
     counting = "said, send = [], watch._send; watch._send = lambda m: (said.append(m), send(m))"
-    counting += "; sleep(2.2); print(len(said))"
+    counting += "; beats, beat = [], watch._guard.beat; watch._guard.beat = lambda: (beats.append(0), beat())"
+    counting += "; sleep(2.2); print(len(said), len(beats))"
     with crew(tmp_path, counting, counting) as ranks:
         assert ranks.ended() == [0, 0]
-        assert all(3 <= int(told) <= 5 for told in ranks.told())
+        assert all(3 <= int(count) <= 6 for told in ranks.told() for count in told.split())
 
 
 def test_what_is_shared_comes_in_order_to_all(tmp_path: Path) -> None:
@@ -154,6 +236,11 @@ def test_what_is_shared_comes_in_order_to_all(tmp_path: Path) -> None:
 def test_values_of_any_size_are_shared_and_a_damaged_line_ends_all(tmp_path: Path) -> None:
     large = "print(len(watch.share('x' * 50_000_000)))"
     with crew(tmp_path, large, large) as ranks:
+        assert ranks.ended() == [0, 0] and ranks.told() == ["50000000\n"] * 2
+    busy = tmp_path / "busy"
+    busy.mkdir()
+    importing = "import ctypes; ctypes.PyDLL(None).usleep(2_500_000); print(len(watch.share(None)))"
+    with crew(busy, "sleep(0.3); print(len(watch.share('x' * 50_000_000)))", importing) as ranks:
         assert ranks.ended() == [0, 0] and ranks.told() == ["50000000\n"] * 2
     damaged = tmp_path / "damaged"
     damaged.mkdir()
@@ -201,6 +288,10 @@ FAILING = "watch.at('decode'); sleep(1); raise ValueError('no')"
             [STUCK, WAITING, "watch.at('decode'); sleep(3); import os; os.kill(os.getpid(), 9)"], [-9, 6, -9], 1,
             "rank 2 of 3 died in decode: all processes end",
         ),
+        (
+            [f"sleep(2.6); {STUCK}", WAITING, "watch.at('decode'); sleep(3); import os; os.kill(os.getpid(), 9)"],
+            [-9, 6, -9], 1, "rank 2 of 3 died in decode: all processes end",
+        ),
     ],
 )  # fmt: skip
 def test_who_is_stuck_ends_with_the_others_one_of_whom_says_why(
@@ -217,6 +308,26 @@ def test_ranks_that_are_all_stuck_are_ended_by_their_guards_and_the_first_ones_s
     with crew(tmp_path, STUCK, STUCK) as ranks:
         assert ranks.ended() == [-9, -9]
         assert ranks.told() == ["fastgen: rank 0 of 2 has given no sign of life for 3 s: it is ended\n", ""]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is full")
+@pytest.mark.parametrize("code", [STUCK, WAITING])
+def test_ranks_that_cannot_say_why_end_all_the_same(code: str, tmp_path: Path) -> None:
+    (tmp_path / "told0").symlink_to("/dev/full")
+    dying = "watch.at('decode'); sleep(0.5); import os; os.kill(os.getpid(), 9)" if code == WAITING else STUCK
+    with crew(tmp_path, code, dying) as ranks:
+        assert ranks.ended() == [-9 if code == STUCK else 6, -9]
+
+
+def test_a_rank_whose_words_nobody_reads_ends_all_the_same(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "told0")
+    reader = os.open(tmp_path / "told0", os.O_RDWR | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(reader, b"x" * 4096):
+            pass
+    with crew(tmp_path, WAITING, "watch.at('decode'); sleep(0.5); import os; os.kill(os.getpid(), 9)") as ranks:
+        assert ranks.ended() == [6, -9]
+    os.close(reader)
 
 
 AGENT = f"""

@@ -35,8 +35,7 @@ class ShardedStages:
         """Whether every rank's stages all run as kernels: ranks that compile and ranks that do not would wait for each
         other's sums. The ranks come here together."""
         covers: Callable[..., bool] = getattr(self._stages, "covers", _never)
-        mine = torch.tensor([covers(model, head_dim, tokens)], device=next(model.parameters()).device)
-        return bool(self._ranks.gather(mine.int()).all())
+        return not self._ranks.any(not covers(model, head_dim, tokens))
 
     def _embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """See `reference.embed`; the rank that knows a token gives its row, the others zeros."""
@@ -66,6 +65,9 @@ class ShardedVocabulary(Vocabulary):
 
     def gather(self, x: Tensor) -> Tensor:
         return self._ranks.gather(x).movedim(0, -2).flatten(-2)
+
+    def largest(self, number: int) -> int:
+        return self._ranks.largest(number)
 
     def join(self, logits: Tensor) -> Tensor:
         largest = max(self._sizes)
@@ -110,5 +112,7 @@ def quantize_part(
     if weight_format.bits != 8 or plan.split(name).columns is None:
         return quantize_weight(name, weight, weight_format, scales=scales, device=device)
     part = weight[:].to(device)
-    largest = ranks.gather(part.abs().amax(1, keepdim=True).float()).amax(0)
+    own = part.abs().amax(1, keepdim=True).float()
+    with ranks.waiting():
+        largest = ranks.gather(own).amax(0)
     return quantize_weight(name, part, weight_format, scales=scales, device=device, largest=largest)

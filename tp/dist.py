@@ -10,6 +10,7 @@ each sum in one place.
 """
 
 import atexit
+import contextlib
 import functools
 import os
 import socket
@@ -68,11 +69,20 @@ class Ranks:
         process_watch().check_interrupt()
 
     def any(self, value: bool) -> bool:
-        """Return whether it is true of any rank, a CPU's or a GPU's."""
+        """Return whether it is true of any rank."""
+        return bool(self.largest(int(value)))
+
+    def largest(self, value: int) -> int:
+        """Return the largest of all ranks' values, which come here together on CPUs or on GPUs."""
         if self.world == 1:
             return value
         device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
-        return bool(self.gather(torch.tensor([value], device=device)).any())
+        with self.waiting():
+            return int(self.gather(torch.tensor([value], device=device)).max())
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Wait for the others inside, outside of any step; see `Watch.waiting`."""
+        return process_watch().waiting()
 
     def wait(self) -> None:
         """Return when all have come here."""
@@ -160,7 +170,7 @@ def join(device: str | None = None, timeout: float = 60.0) -> tuple[Ranks, str |
     Raises:
         UsageError: more processes than this machine has GPUs, a device that is a single one's, or an environment that
             is not torchrun's.
-        RankLostError: the others did not come within `timeout` seconds.
+        RankLostError: torchrun's agent died, or the others did not come within `timeout` seconds.
     """
     watch = process_watch()
     if watch.place.world == 1:
@@ -174,6 +184,7 @@ def join(device: str | None = None, timeout: float = 60.0) -> tuple[Ranks, str |
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     limit = timedelta(seconds=timeout)
+    _check_agent()
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         exchange = functools.partial(_exchange, dist.PrefixStore("fastgen", store), watch.place)
@@ -184,11 +195,12 @@ def join(device: str | None = None, timeout: float = 60.0) -> tuple[Ranks, str |
             f"{str(error).splitlines()[0]}"
         ) from error
     on_gpu = device.startswith("cuda")
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world, timeout=BACKEND_TIMEOUT,
-        device_id=torch.device(device) if on_gpu else None,
-    )  # fmt: skip
-    linked = _exchange_for(torch.zeros(1, device=device)) is not None
+    with watch.waiting():
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world, timeout=BACKEND_TIMEOUT,
+            device_id=torch.device(device) if on_gpu else None,
+        )  # fmt: skip
+        linked = _exchange_for(torch.zeros(1, device=device)) is not None
     atexit.register(_part)
     return Ranks(watch.place, linked=linked), device
 
@@ -202,13 +214,27 @@ def choose_device(device: str | None, place: Place) -> str:
     count = torch.cuda.device_count()
     if device != "cuda":
         raise UsageError(f"--device {device}: under torchrun every process has a GPU of its own; say cuda, or nothing")
-    if place.local >= count:
+    if place.local_world > count:  # on every rank alike, so that rank 0 says it
         raise UsageError(
-            f"torchrun started {place.local + 1} processes or more on a machine with {count} GPU(s)\n"
+            f"torchrun started {place.local_world} processes on a machine with {count} GPU(s)\n"
             "Start one process a GPU, or use --device cpu"
         )
     torch.cuda.set_device(place.local)
     return f"cuda:{place.local}"
+
+
+def _check_agent() -> None:
+    """Raise `RankLostError` where torchrun's agent, at which the ranks are to meet, has died.
+
+    Before a process runs any Python it cannot follow its agent into death; joining would wait for all of `timeout`.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.create_connection((address, int(port))).close()
+    except ConnectionError as error:
+        raise RankLostError(f"torchrun's agent died: nobody answers at {address}:{port}") from error
 
 
 def _exchange(store: dist.Store, place: Place, value: str) -> Sequence[str]:

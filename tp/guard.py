@@ -22,8 +22,8 @@ import sys
 import time
 from pathlib import Path
 
-PERIOD, PATIENCE = 0.5, 3.0
-LONG = 4 * PERIOD
+TURN, PATIENCE = 0.5, 3.0
+LONG = 4 * TURN
 """Seconds of a turn after which this process must have been stopped too, and the rank's silence means nothing."""
 
 
@@ -64,7 +64,7 @@ def keep(rank: int, agent: int, timeout: float, name: str) -> None:
     heard = woken = time.monotonic()
     deadline, listening = float("inf"), True
     while os.getppid() == rank:
-        alive = bool(select.select([0] if listening else [], [], [], PERIOD)[0])
+        alive = bool(select.select([0] if listening else [], [], [], TURN)[0])
         if alive:
             listening = bool(os.read(0, 4096))  # at the end of file there is nothing more to hear
         now = time.monotonic()
@@ -74,11 +74,17 @@ def keep(rank: int, agent: int, timeout: float, name: str) -> None:
         if told or not _lives(agent):
             deadline = min(deadline, now + PATIENCE)
         if now > min(deadline, heard + timeout + PATIENCE):
-            if now <= deadline:
-                sys.stderr.write(f"fastgen: {name} has given no sign of life for {timeout:.0f} s: it is ended\n")
-                sys.stderr.flush()
             os.kill(rank, signal.SIGKILL)
+            if now <= deadline:
+                write_line(2, f"fastgen: {name} has given no sign of life for {timeout:g} s: it is ended")
             return
+
+
+def write_line(file: int, text: str) -> None:
+    """Write a line to where it can be written within a second: ends must not wait for who reads of them."""
+    with contextlib.suppress(OSError):
+        if select.select([], [file], [], 1.0)[1]:
+            os.write(file, f"{text}\n".encode())
 
 
 def _lives(process: int) -> bool:

@@ -7,14 +7,16 @@ connected to this thread of every other rank. It says every half second how far 
     a rank stalls                  it is silent, or others are ahead of it, for `timeout`        then
     a rank failed with an error    it says so; unless all have failed                            after a second
     rank 0 left                    it says so: Ctrl-C, say                                       at once
+                                   it is through                                                 after five seconds
+    a rank was told to end         it says so, and nobody told this one                          after a second
     torchrun died                  the kernel sends a signal (Linux), or the parent is another   at once
 
 with one message, by the lowest rank that still lives; a rank that is stopped, or too stuck to say anything, is killed,
 by another or by its guard (`tp.guard`). It needs no torch, and imports nothing that takes long: until the ranks are
-connected, torchrun's own agent ends all when one ends.
+connected, torchrun's own agent ends all when one ends, and without that agent they do not meet.
 
 Messages are lines of JSON: {"at": [progress, phase, seconds since]}, {"share": value}, {"lost": [rank, what]},
-{"failed": [status, phase, message]}, {"left": status}.
+{"failed": [status, phase, message]}, {"left": status}, {"said": status}: the user knows why all end with this status.
 """
 
 import contextlib
@@ -31,45 +33,38 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from fastgen.errors import INTERRUPTED, RankLostError
-from tp.guard import Guard
+from tp.guard import Guard, write_line
+from tp.peer import Peer, hello, machine, read_line
 from tp.place import Place, place_from_environment
 
 PERIOD, TURN = 0.5, 0.1
 """Seconds between two things that a rank says of itself, and after which it looks at the others though none spoke."""
+
+STALE = PERIOD + TURN
+"""Seconds that what is known of another rank may be old."""
 
 QUIET = 4 * PERIOD
 """Seconds after which a rank that says nothing may be stopped."""
 
 GRACE = 1.0  # for the others to fail too, or for the message to be written
 INTERRUPT_GRACE = 2.0
-BUSY = ("prefill", "decode")
+BUSY = ("prefill", "decode", "join")
 """Phases in which no step takes long: if no rank comes on, something is wrong even if all are equally far."""
 
 INPUT = "input"
 """The phase in which rank 0 waits for a person, however long, and the others for rank 0."""
 
+JOIN = "join"
+"""The phase in which a rank waits for the others outside of a step: it is ahead of those that have not come."""
+
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
-
-@dataclass
-class Peer:
-    """Another rank, as far as it has told."""
-
-    connection: socket.socket
-    machine: str
-    pid: int
-    heard: float
-    buffer: bytearray = field(default_factory=bytearray)  # of a line that has not ended
-    progress: int = 0
-    phase: str = "start"
-    moved: float = field(default_factory=time.monotonic)
-    gone: bool = False  # it left or failed: the end of its connection means nothing
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a rank that was told to end."""
 
 
 class Watch:
@@ -82,13 +77,14 @@ class Watch:
         self._progress, self._phase = 0, "start"
         self._came_on, self._moved = True, 0.0  # since the thread last looked; when it found so, by its own clock
         self._shared: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._failures: dict[int, tuple[int, str, str]] = {}
         self._all_failed = threading.Event()
         self._interruptible = self._interrupted = False
         self._deadline: tuple[float, int] | None = None  # when to end, and with which status
         self._parent = os.getppid()
         self._messages: int | None = None
+        self._silenced = False
         self._guard: Guard | None = None
         self._lost: set[int] = set()  # ranks that died, or said nothing and were killed
 
@@ -111,18 +107,21 @@ class Watch:
     def begin(self, *, silence: bool) -> None:
         """Find this process's place, and follow its parent into death; ranks but the first fall silent, if `silence`.
 
-        Raises `UsageError` for an environment that makes no sense.
+        Raises `UsageError` for an environment that makes no sense, `RankLostError` if the parent has died.
         """
         self.place = place_from_environment()
         if self.place.world == 1:
             return
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
         self._messages = os.dup(2)
-        if silence and not self.place.leads:
+        self._silenced = silence and not self.place.leads
+        if self._silenced:
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), 1)
                 os.dup2(nowhere.fileno(), 2)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+        if os.getppid() != self._parent:  # before that signal was asked for
+            raise RankLostError("torchrun's agent died as its processes started")
 
     def connect(self, exchange: Callable[[str], Sequence[str]], host: str, timeout: float) -> None:
         """Connect with all ranks and begin to watch.
@@ -132,20 +131,21 @@ class Watch:
         self._timeout = timeout
         key = secrets.token_hex(16)
         with socket.create_server((host, 0), backlog=self.place.world) as server:
-            mine = {"address": server.getsockname()[:2], "key": key, "machine": _machine(), "pid": os.getpid()}
+            mine = {"address": server.getsockname()[:2], "key": key, "machine": machine(), "pid": os.getpid()}
             others = [json.loads(text) for text in exchange(json.dumps(mine))]
             for rank, other in enumerate(others[: self.place.rank]):
                 connection = socket.create_connection(tuple(other["address"]), timeout)
-                connection.sendall(_hello(self.place.rank, other["key"]))
-                self._add(rank, connection, other)
+                connection.sendall(hello(self.place.rank, other["key"]))
+                self._peers[rank] = Peer(connection, other["machine"], other["pid"])
             server.settimeout(timeout)
             while len(self._peers) < self.place.world - 1:
                 connection, _ = server.accept()
                 connection.settimeout(timeout)
-                hello = _read_line(connection)
-                known = [rank for rank in range(self.place.world) if secrets.compare_digest(hello, _hello(rank, key))]
+                word = read_line(connection)
+                known = [rank for rank in range(self.place.world) if secrets.compare_digest(word, hello(rank, key))]
                 if known:
-                    self._add(known[0], connection, others[known[0]])
+                    other = others[known[0]]
+                    self._peers[known[0]] = Peer(connection, other["machine"], other["pid"])
                 else:
                     connection.close()  # a stranger
         self._selector = selectors.DefaultSelector()
@@ -175,7 +175,15 @@ class Watch:
         if phase == INPUT and self._interrupted:  # too late for the answer, which has ended
             self._interrupted, self._deadline = False, None
         if changed and self.connected:
-            self._send({"at": [self._progress, self._phase, 0.0]})
+            self._tell_place(0.0)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for the others inside, outside of any step: one that never comes is missed."""
+        phase = self._phase
+        self.at(JOIN)
+        yield
+        self.at(phase)
 
     def share(self, value: Any) -> Any:
         """Return rank 0's value, on every rank; the others wait for it."""
@@ -183,7 +191,7 @@ class Watch:
             return value
         if not self.place.leads:
             return self._shared.get()
-        self._send({"share": value})
+        self._send({"share": value}, patience=self._timeout)  # of any length, to ranks that may be importing torch
         return value
 
     def check_interrupt(self) -> None:
@@ -205,8 +213,11 @@ class Watch:
         """Tell the others that this rank ends with an error; returns whether all did, so that it is for rank 0 to say.
 
         Where others live on, one of them has said it, and this process ends in here; so it does where they are stuck.
+        Before the ranks are connected, the first of every machine says what rank 0 may not know.
         """
         if not self.connected:
+            if self._silenced and self.place.local == 0:
+                self._say(f"rank {self.place.rank} of {self.place.world}: {message}")
             return True
         self._failures[self.place.rank] = (status, self._phase, message)
         self._send({"failed": [status, self._phase, message]})
@@ -255,7 +266,7 @@ class Watch:
                     self._read(key.data)
             if now - told >= PERIOD:  # and not whenever another has spoken: the two would answer each other for ever
                 told = now
-                self._send({"at": [self._progress, self._phase, now - self._moved]})
+                self._tell_place(now - self._moved)
                 if self._guard:
                     self._guard.beat()
             if os.getppid() != self._parent:
@@ -265,26 +276,15 @@ class Watch:
 
     def _read(self, rank: int) -> None:
         peer = self._peers[rank]
-        try:
-            data = peer.connection.recv(1 << 16)
-        except OSError:
-            data = b""
-        if not data:
+        if not peer.receive():
             self._selector.unregister(peer.connection)
-            if self.place.rank in self._failures:
-                if rank not in self._failures and time.monotonic() - peer.heard <= QUIET:
-                    os._exit(self._failures[self.place.rank][0])  # that one has told of our failure
-                return  # nobody has: `fail` goes on
-            if not peer.gone:
+            # Who fails waits in `fail` until one says so.
+            if not peer.gone and self.place.rank not in self._failures:
                 self._lose(rank, f"died in {peer.phase}")
             return
         peer.heard = time.monotonic()
-        peer.buffer += data
-        if b"\n" not in data:
-            return
-        *lines, peer.buffer = peer.buffer.split(b"\n")
-        for line in lines:
-            for kind, value in json.loads(line).items():
+        while peer.lines:
+            for kind, value in json.loads(peer.lines.popleft()).items():
                 self._take(rank, peer, kind, value)
 
     def _take(self, rank: int, peer: Peer, kind: str, value: Any) -> None:
@@ -301,8 +301,13 @@ class Watch:
                 self._count_failures()
             case "lost":
                 self._end_lost(*value)
+            case "said":
+                self._kill_silent()
+                os._exit(self._failures.get(self.place.rank, (value,))[0])
             case "left":
                 peer.gone = True
+                if value == TERMINATED and self._deadline is None:
+                    self._lose(rank, f"was told to end in {peer.phase}")
                 if rank == 0:
                     self._deadline = (peer.heard + (0 if value else 5 * GRACE), value)
 
@@ -311,7 +316,8 @@ class Watch:
             if os.getppid() != self._parent:
                 self._lose(-1, f"torchrun's agent died in {self._phase}")
             # torchrun ends us because of another rank, which the others may be about to tell.
-            self._deadline = (time.monotonic() + GRACE, 128 + signal.SIGTERM)
+            soon = (time.monotonic() + GRACE, TERMINATED)
+            self._deadline = min(self._deadline or soon, soon)
         if signal.SIGINT in numbers and self.place.leads:
             if not self._interruptible:
                 self._kill_silent()
@@ -325,14 +331,14 @@ class Watch:
             raise KeyboardInterrupt
 
     def _check_deadline(self, now: float) -> None:
-        if self._deadline is None or now < self._deadline[0]:
+        end, status = self._deadline or (float("inf"), 0)
+        if now < end:
             return
-        status = self._deadline[1]
         if self._failures and self.place.rank not in self._failures:
             rank, (status, phase, message) = min(self._failures.items())
             self._kill_silent()
             text = f"rank {rank} of {self.place.world} failed in {phase}: {message}"
-            self._end(text, status, self._speaker(self._failures))
+            self._end(text, status, self._failures)
         if self.place.rank not in self._failures:
             if status:
                 self._kill_silent()
@@ -340,118 +346,84 @@ class Watch:
             os._exit(status)
 
     def _check_stalls(self, now: float) -> None:
-        if self._deadline is not None or self._failures:
-            return
-        for rank, peer in self._peers.items():
-            if not peer.gone and now - peer.heard > self._timeout:
-                self._lose(rank, f"has not answered for {self._timeout:.0f} s, in {peer.phase}")
         present = [(rank, peer) for rank, peer in self._peers.items() if not peer.gone]
+        if self._deadline is not None or self._failures or not present:
+            return
+        patience = self._timeout + STALE
+        for rank, peer in present:
+            if now - peer.heard > patience:
+                self._lose(rank, f"has not answered for {self._timeout:g} s, in {peer.phase}")
         standing = [(peer.progress, rank, peer.moved, peer.phase) for rank, peer in present]
         standing.append((self._progress, self.place.rank, self._moved, self._phase))
         progress, last, moved, phase = min(standing)
         ahead = phase != INPUT and any(other[0] > progress for other in standing)
-        together = all(other[3] in BUSY and now - other[2] > self._timeout for other in standing)
-        if now - moved > self._timeout and (ahead or together):
+        together = all(other[3] in BUSY and now - other[2] > patience for other in standing)
+        if now - moved > patience and (ahead or together):
             # Those that wait for a rank have come no farther; the one that says nothing is what they wait for.
             quiet = [(peer.heard, rank, peer.phase) for rank, peer in present if now - peer.heard > QUIET]
             _, last, phase = min(quiet, default=(now, last, phase))
-            self._lose(last, f"has not come on for {self._timeout:.0f} s, in {phase}")
+            if ahead or quiet:
+                self._lose(last, f"has not come on for {self._timeout:g} s, in {phase}")
+            self._lose(-1, f"no rank has come on for {self._timeout:g} s, in {phase}")
 
-    def _lose(self, rank: int, what: str) -> None:
-        """End all, because of `rank` (-1: an agent): tell the others, so that all name the same."""
+    def _lose(self, rank: int, what: str) -> NoReturn:
+        """End all, because of `rank` (-1: an agent, or nobody knows): tell the others, so that all name the same."""
         self._send({"lost": [rank, what]})
         self._end_lost(rank, what)
 
-    def _end_lost(self, rank: int, what: str) -> None:
+    def _end_lost(self, rank: int, what: str) -> NoReturn:
         self._kill_silent(rank)
         subject = f"rank {rank} of {self.place.world} " if rank >= 0 else ""
-        self._end(f"{subject}{what}: all processes end", RankLostError.exit_status, self._speaker([rank]))
+        self._end(f"{subject}{what}: all processes end", RankLostError.exit_status, [rank])
 
     def _kill_silent(self, rank: int = -1) -> bool:
         """Kill `rank` and those that say nothing, being stopped or stuck; return whether others live.
 
         Only those of this machine can be killed. All are taken for lost before the first ends.
         """
-        now, machine = time.monotonic(), _machine()
+        now = time.monotonic()
         silent = {other for other, peer in self._peers.items() if not peer.gone and now - peer.heard > QUIET}
         lost = silent | ({rank} & self._peers.keys())
-        self._lost |= lost
-        for peer in (self._peers[other] for other in lost):
-            if peer.machine == machine:
-                with contextlib.suppress(OSError):
-                    os.kill(peer.pid, signal.SIGKILL)
+        self._kill(lost)
         return any(not peer.gone for other, peer in self._peers.items() if other not in lost)
 
-    def _speaker(self, others: Iterable[int]) -> int:
-        """Return the lowest rank that is neither lost nor one of `others`."""
-        return min({*range(self.place.world)} - self._lost - {*others}, default=self.place.rank)
+    def _kill(self, ranks: set[int]) -> None:
+        self._lost |= ranks
+        for rank in ranks:
+            self._peers[rank].kill()
 
     def _say(self, message: str) -> None:
-        os.write(self._messages or 2, f"fastgen: {message}\n".encode())
+        write_line(self._messages or 2, f"fastgen: {message}")
 
-    def _end(self, message: str, status: int, speaker: int) -> None:
-        """End this process, once `speaker` has said why."""
-        if self.place.rank == speaker:
-            self._say(message)
-        elif speaker in self._peers:
-            speaking = self._peers[speaker].connection
-            speaking.settimeout(GRACE)
-            with contextlib.suppress(OSError):
-                while speaking.recv(1 << 16):
-                    pass
+    def _end(self, message: str, status: int, others: Iterable[int]) -> NoReturn:
+        """End this process, once the lowest rank that lives, and is none of `others`, has said why."""
+        while True:
+            speaker = min({*range(self.place.world)} - self._lost - {*others}, default=self.place.rank)
+            if speaker == self.place.rank:
+                self._say(message)
+                self._send({"said": status})
+                break
+            if self._peers[speaker].has_said(GRACE):
+                break
+            self._kill({speaker})  # it died as well, or is stuck
         os._exit(status)
 
     def _count_failures(self) -> None:
         if len(self._failures) == self.place.world:
             self._all_failed.set()
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _tell_place(self, seconds: float) -> None:
+        with self._lock:  # in which order two threads tell it, and not something older last
+            self._send({"at": [self._progress, self._phase, seconds]})
+
+    def _send(self, message: dict[str, Any], *, patience: float = GRACE) -> None:
         with self._lock:
             for peer in self._peers.values():
                 with contextlib.suppress(OSError):  # its end is seen where it is read
-                    _send_line(peer.connection, _line(message))
-
-    def _add(self, rank: int, connection: socket.socket, told: dict[str, Any]) -> None:
-        connection.settimeout(GRACE)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._peers[rank] = Peer(connection, told["machine"], told["pid"], time.monotonic())
+                    peer.send(message, patience)
 
 
 @functools.cache
 def process_watch() -> Watch:
     """Return this process's watch."""
     return Watch()
-
-
-def _machine() -> str:
-    """Return what two processes have in common that can signal each other."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-    return socket.gethostname()
-
-
-def _hello(rank: int, key: str) -> bytes:
-    """Return what a rank says first to one that has this key."""
-    return _line({"rank": rank, "key": key})
-
-
-def _line(message: dict[str, Any]) -> bytes:
-    return json.dumps(message).encode() + b"\n"
-
-
-def _send_line(connection: socket.socket, line: bytes) -> None:
-    """Send a line of any length to whoever goes on reading; who does not reads no half of it, but the end."""
-    rest = memoryview(line)
-    try:
-        while rest:
-            rest = rest[connection.send(rest) :]
-    except TimeoutError:
-        connection.shutdown(socket.SHUT_WR)
-        raise
-
-
-def _read_line(connection: socket.socket) -> bytes:
-    line = b""
-    while not line.endswith(b"\n"):
-        line += connection.recv(1) or b"\n"
-    return line
