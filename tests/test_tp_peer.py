@@ -1,13 +1,17 @@
 """What is heard of another rank: lines however they come, and whether it has told why all end."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from tp.peer import Peer
+from tp.peer import Peer, machine
 
 
 @pytest.fixture
@@ -68,6 +72,20 @@ def test_a_message_is_sent_for_as_long_as_somebody_reads(ends: tuple[Peer, socke
     peer.connection.shutdown(socket.SHUT_WR)
     reader.join()
     assert json.loads(b"".join(received)) == message
+
+
+def test_only_a_process_of_this_machine_that_has_not_left_is_killed(ends: tuple[Peer, socket.socket]) -> None:
+    peer, _ = ends
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(40)"]) as process:
+        peer.pid = process.pid
+        peer.kill()
+        peer.machine, peer.gone = machine(), True
+        peer.kill()
+        time.sleep(0.1)
+        assert process.poll() is None
+        peer.gone = False
+        peer.kill()
+        assert process.wait() == -signal.SIGKILL
 
 
 def test_who_reads_nothing_is_given_up(ends: tuple[Peer, socket.socket]) -> None:

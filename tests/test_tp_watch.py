@@ -304,6 +304,14 @@ def test_who_is_stuck_ends_with_the_others_one_of_whom_says_why(
         assert ranks.told() == told
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_is_stuck_ends_with_a_rank_that_a_signal_ends(number: int, status: int, tmp_path: Path) -> None:
+    with crew(tmp_path, f"sleep(2.5); (folder / 'begun').touch(); {WAITING}", STUCK, timeout=60.0) as ranks:
+        ranks.wait((tmp_path / "begun").exists)
+        ranks.processes[0].send_signal(number)
+        assert ranks.ended() == [status, -9] and ranks.told() == ["", ""]
+
+
 def test_ranks_that_are_all_stuck_are_ended_by_their_guards_and_the_first_ones_says_so(tmp_path: Path) -> None:
     with crew(tmp_path, STUCK, STUCK) as ranks:
         assert ranks.ended() == [-9, -9]
@@ -424,6 +432,25 @@ with watch.interruptible():
         assert ranks.ended() == [0, 0]
         steps, same = ranks.told()
         assert steps == same and int(steps) > 0
+
+
+def test_an_interrupt_that_nobody_looks_for_ends_all_after_two_seconds(tmp_path: Path) -> None:
+    code = f"(folder / f'begun{{rank}}').touch()\nwith watch.interruptible(): {WAITING}"
+    with crew(tmp_path, code, code, timeout=60.0) as ranks:
+        ranks.wait(lambda: all((tmp_path / f"begun{rank}").exists() for rank in range(2)))
+        ranks.processes[0].send_signal(signal.SIGINT)
+        assert ranks.ended() == [130, 130] and ranks.told() == ["", ""]
+
+
+def test_when_the_first_rank_is_through_the_others_have_five_seconds_and_not_the_other_way_round(
+    tmp_path: Path,
+) -> None:
+    with crew(tmp_path, "", "sleep(40)") as ranks:
+        assert ranks.ended() == [0, 0]
+    other = tmp_path / "other"
+    other.mkdir()
+    with crew(other, "sleep(6); print('through')", "") as ranks:
+        assert ranks.ended() == [0, 0] and ranks.told() == ["through\n", ""]
 
 
 def test_an_interrupt_that_comes_when_an_answer_has_ended_ends_nothing() -> None:
