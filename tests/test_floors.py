@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (r"fastgen\.model", r"quantize\.(format|tokens|cpu|int8|int4)"),
     (r"fastgen\.checkpoint\.\w+", r"fastgen\.(hub|hub_files|hub_id)"),
     (r"quantize\.(gptq|scheme|linear|on_gpu|folder)",),
-    (r"tp\.(place|guard|watch|dist|plan)",),
+    (r"tp\.(place|guard|peer|watch|dist|plan)",),
     (r"tp\.apply",),
     (r"fastgen\.load",),
     (r"fastgen\.(completion|conversation|graphs|readback|steps|drafters|rounds|pace|prospect|engine|naive)",),

@@ -434,6 +434,24 @@ with watch.interruptible():
         assert steps == same and int(steps) > 0
 
 
+def test_an_interrupt_that_torchrun_passes_on_is_no_second_one(tmp_path: Path) -> None:
+    code = """
+try:
+    with watch.interruptible():
+        while True:
+            watch.at('decode'); (folder / f'begun{rank}').touch(); watch.check_interrupt(); sleep(0.01)
+except KeyboardInterrupt:
+    sleep(0.6); print('figures', flush=True)
+"""
+    with crew(tmp_path, code, code) as ranks:
+        ranks.wait(lambda: all((tmp_path / f"begun{rank}").exists() for rank in range(2)))
+        for pause in (0.3, 0.0):
+            for process in ranks.processes:
+                process.send_signal(signal.SIGINT)
+            time.sleep(pause)
+        assert ranks.ended() == [0, 0] and ranks.told() == ["figures\n"] * 2
+
+
 def test_an_interrupt_that_nobody_looks_for_ends_all_after_two_seconds(tmp_path: Path) -> None:
     code = f"(folder / f'begun{{rank}}').touch()\nwith watch.interruptible(): {WAITING}"
     with crew(tmp_path, code, code, timeout=60.0) as ranks:

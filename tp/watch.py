@@ -81,6 +81,7 @@ class Watch:
         self._failures: dict[int, tuple[int, str, str]] = {}
         self._all_failed = threading.Event()
         self._interruptible = self._interrupted = False
+        self._pressed = float("-inf")  # when Ctrl-C was
         self._deadline: tuple[float, int] | None = None  # when to end, and with which status
         self._parent = os.getppid()
         self._messages: int | None = None
@@ -318,7 +319,9 @@ class Watch:
             # torchrun ends us because of another rank, which the others may be about to tell.
             soon = (time.monotonic() + GRACE, TERMINATED)
             self._deadline = min(self._deadline or soon, soon)
-        if signal.SIGINT in numbers and self.place.leads:
+        repeated = time.monotonic() - self._pressed < GRACE  # torchrun passes its own Ctrl-C on to us, who had ours
+        if signal.SIGINT in numbers and self.place.leads and not repeated:
+            self._pressed = time.monotonic()
             if not self._interruptible:
                 self._kill_silent()
                 self.leave(INTERRUPTED)
