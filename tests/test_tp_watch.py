@@ -131,13 +131,20 @@ def test_a_failure_when_the_first_rank_is_through_is_told(tmp_path: Path) -> Non
         assert ranks.told() == ["", "fastgen: rank 1 of 2 failed in report: no room\n"]
 
 
+def test_a_failure_is_told_though_the_first_rank_leaves_meanwhile(tmp_path: Path) -> None:
+    failing = "watch.at('load'); sleep(0.5); watch.fail(3, 'no such file: bad\\udcff')"
+    with crew(tmp_path, "sleep(0.9)", failing, WAITING) as ranks:
+        assert ranks.ended() == [0, 3, 3]
+        assert ranks.told() == ["", "", "fastgen: rank 1 of 3 failed in load: no such file: bad\\udcff\n"]
+
+
 def test_before_the_ranks_are_connected_the_first_of_another_machine_tells_its_failure(tmp_path: Path) -> None:
     watch = Watch()
-    watch.place, watch._silenced = Place(rank=2, world=4, local=0, local_world=2), True
+    watch.place, watch._silenced = Place(rank=2, world=4, local=0), True
     with (tmp_path / "told").open("wb") as file:
         watch._messages = file.fileno()
         assert watch.fail(2, "one GPU")
-        watch.place = Place(rank=3, world=4, local=1, local_world=2)
+        watch.place = Place(rank=3, world=4, local=1)
         assert watch.fail(2, "one GPU")
     assert (tmp_path / "told").read_text() == "fastgen: rank 2 of 4: one GPU\n"
 
@@ -185,7 +192,7 @@ def test_all_that_stand_still_in_a_step_have_stalled_and_in_loading_they_have_no
 
 
 def test_a_rank_that_does_not_come_to_where_the_others_wait_has_stalled(tmp_path: Path) -> None:
-    meeting = "watch.at('load')\nwith watch.waiting(): sleep(40)"
+    meeting = "import tp.watch; tp.watch.JOIN_SECONDS = 1.5; watch.at('load')\nwith watch.waiting(): sleep(40)"
     with crew(tmp_path, meeting, "watch.at('load'); sleep(40)", timeout=1.0) as ranks:
         assert ranks.ended() == [6, -9]
         assert ranks.told() == ["fastgen: rank 1 of 2 has not come on for 1 s, in load: all processes end\n", ""]
@@ -193,7 +200,7 @@ def test_a_rank_that_does_not_come_to_where_the_others_wait_has_stalled(tmp_path
     together.mkdir()
     with crew(together, meeting, meeting, timeout=1.0) as ranks:
         assert ranks.ended() == [6, 6]
-        assert ranks.told() == ["fastgen: no rank has come on for 1 s, in join: all processes end\n", ""]
+        assert ranks.told() == ["fastgen: no rank has come on for 1.5 s, in join: all processes end\n", ""]
 
 
 def test_steps_of_less_than_the_timeout_are_no_stalls(tmp_path: Path) -> None:
@@ -450,6 +457,16 @@ except KeyboardInterrupt:
                 process.send_signal(signal.SIGINT)
             time.sleep(pause)
         assert ranks.ended() == [0, 0] and ranks.told() == ["figures\n"] * 2
+
+
+def test_an_answer_that_ends_after_an_interrupt_forgets_that_alone() -> None:
+    watch = Watch()
+    with watch.interruptible():
+        watch.at("decode")
+        watch._on_signals(bytes([signal.SIGINT]))
+        watch._on_signals(bytes([signal.SIGTERM]))
+        watch.at(INPUT)
+        assert watch._deadline and watch._deadline[1] == 143 and not watch._interrupted
 
 
 def test_an_interrupt_that_nobody_looks_for_ends_all_after_two_seconds(tmp_path: Path) -> None:

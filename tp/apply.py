@@ -67,7 +67,8 @@ class ShardedVocabulary(Vocabulary):
         return self._ranks.gather(x).movedim(0, -2).flatten(-2)
 
     def largest(self, number: int) -> int:
-        return self._ranks.largest(number)
+        with self._ranks.waiting():
+            return self._ranks.largest(number)
 
     def join(self, logits: Tensor) -> Tensor:
         largest = max(self._sizes)

@@ -1,4 +1,4 @@
-"""Joining the processes that torchrun started: device first, then the process group, then the watch.
+"""Joining the processes that torchrun started: the watch first, then the device, then the process group.
 
     ranks, device = join(device, timeout=60)     # before anything is loaded; later calls give the same
     total = ranks.sum(partial)
@@ -77,8 +77,7 @@ class Ranks:
         if self.world == 1:
             return value
         device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
-        with self.waiting():
-            return int(self.gather(torch.tensor([value], device=device)).max())
+        return int(self.gather(torch.tensor([value], device=device)).max())
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
         """Wait for the others inside, outside of any step; see `Watch.waiting`."""
@@ -178,13 +177,12 @@ def join(device: str | None = None, timeout: float = 60.0) -> tuple[Ranks, str |
     if watch.place.world == 1:
         return SINGLE, device
     check_meeting_place()
-    device = choose_device(device, watch.place)
     host, interface = _address()
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     limit = timedelta(seconds=timeout)
-    _check_agent()
+    _check_agent(timeout)
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         exchange = functools.partial(_exchange, dist.PrefixStore("fastgen", store), watch.place)
@@ -194,6 +192,7 @@ def join(device: str | None = None, timeout: float = 60.0) -> tuple[Ranks, str |
             f"rank {watch.place.rank} of {watch.place.world}: the others did not join within {timeout:.0f} s: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    device = choose_device(device, watch.place)  # now that a rank which has none can say so
     on_gpu = device.startswith("cuda")
     with watch.waiting():
         dist.init_process_group(
@@ -214,17 +213,17 @@ def choose_device(device: str | None, place: Place) -> str:
     count = torch.cuda.device_count()
     if device != "cuda":
         raise UsageError(f"--device {device}: under torchrun every process has a GPU of its own; say cuda, or nothing")
-    if place.local_world > count:  # on every rank alike, so that rank 0 says it
+    if place.local >= count:
         raise UsageError(
-            f"torchrun started {place.local_world} processes on a machine with {count} GPU(s)\n"
+            f"torchrun started {place.local + 1} processes or more on a machine with {count} GPU(s)\n"
             "Start one process a GPU, or use --device cpu"
         )
     torch.cuda.set_device(place.local)
     return f"cuda:{place.local}"
 
 
-def _check_agent() -> None:
-    """Raise `RankLostError` where torchrun's agent, at which the ranks are to meet, has died.
+def _check_agent(timeout: float) -> None:
+    """Raise `RankLostError` where torchrun's agent, at which the ranks are to meet, has died or cannot be reached.
 
     Before a process runs any Python it cannot follow its agent into death; joining would wait for all of `timeout`.
     """
@@ -232,9 +231,9 @@ def _check_agent() -> None:
         return
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
-        socket.create_connection((address, int(port))).close()
-    except ConnectionError as error:
-        raise RankLostError(f"torchrun's agent died: nobody answers at {address}:{port}") from error
+        socket.create_connection((address, int(port)), timeout).close()
+    except OSError as error:
+        raise RankLostError(f"torchrun's agent died, or cannot be reached at {address}:{port}: {error}") from error
 
 
 def _exchange(store: dist.Store, place: Place, value: str) -> Sequence[str]:

@@ -22,6 +22,9 @@ import sys
 import time
 from pathlib import Path
 
+LONGEST = 1000
+"""Characters of a line: so many bytes a pipe that takes any takes at once."""
+
 TURN, PATIENCE = 0.5, 3.0
 LONG = 4 * TURN
 """Seconds of a turn after which this process must have been stopped too, and the rank's silence means nothing."""
@@ -84,7 +87,7 @@ def write_line(file: int, text: str) -> None:
     """Write a line to where it can be written within a second: ends must not wait for who reads of them."""
     with contextlib.suppress(OSError):
         if select.select([], [file], [], 1.0)[1]:
-            os.write(file, f"{text}\n".encode())
+            os.write(file, f"{text[:LONGEST]}\n".encode(errors="backslashreplace"))
 
 
 def _lives(process: int) -> bool:

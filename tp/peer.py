@@ -63,15 +63,12 @@ class Peer:
 
     def has_said(self, seconds: float) -> bool:
         """Return whether it says within so many seconds that it has told the user why all end."""
-        end = time.monotonic() + seconds
-        while not any(line.startswith(b'{"said"') for line in self.lines):
-            left = end - time.monotonic()
-            if left <= 0:
-                return False
-            self.connection.settimeout(left)
-            if not self.receive():
-                return False
-        return True
+        end, heard = time.monotonic() + seconds, True
+        while not (said := any(line.startswith(b'{"said"') for line in self.lines)) and heard:
+            self.connection.settimeout(max(end - time.monotonic(), 0.001))
+            heard = self.receive()
+        self.connection.settimeout(SEND_SECONDS)
+        return said
 
     def send(self, message: dict[str, Any], patience: float) -> None:
         """Send a message of any length, if something of it is taken every `patience` seconds.

@@ -8,12 +8,11 @@ from fastgen.errors import UsageError
 
 @dataclass(frozen=True)
 class Place:
-    """Process `rank` of `world`, number `local` of `local_world` on its machine; a single process by default."""
+    """Process `rank` of `world`, number `local` on its machine; a single process by default."""
 
     rank: int = 0
     world: int = 1
     local: int = 0
-    local_world: int = 1
 
     @property
     def leads(self) -> bool:
@@ -23,13 +22,12 @@ class Place:
 
 def place_from_environment() -> Place:
     """Return this process's place; raises `UsageError` for an environment that makes no sense."""
-    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    values = {name: os.environ.get(name, default) for name, default in names.items()}
-    if not all(value.isdecimal() for value in values.values()) or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
-        found = ", ".join(f"{name}={value}" for name, value in values.items())
+    names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    values = [os.environ.get(name, default) for name, default in names]
+    if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
+        found = ", ".join(f"{name}={value}" for (name, _), value in zip(names, values, strict=True))
         raise UsageError(f"the environment has {found}: expected what torchrun sets, numbers with RANK < WORLD_SIZE")
-    rank, world, local, local_world = map(int, values.values())
-    return Place(rank, world, local, max(local_world, local + 1))  # other launchers may not tell how many there are
+    return Place(*map(int, values))
 
 
 def check_meeting_place() -> None:

@@ -23,6 +23,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import math
 import os
 import queue
 import secrets
@@ -52,7 +53,7 @@ QUIET = 4 * PERIOD
 
 GRACE = 1.0  # for the others to fail too, or for the message to be written
 INTERRUPT_GRACE = 2.0
-BUSY = ("prefill", "decode", "join")
+BUSY = ("prefill", "decode")
 """Phases in which no step takes long: if no rank comes on, something is wrong even if all are equally far."""
 
 INPUT = "input"
@@ -60,6 +61,9 @@ INPUT = "input"
 
 JOIN = "join"
 """The phase in which a rank waits for the others outside of a step: it is ahead of those that have not come."""
+
+JOIN_SECONDS = 60.0
+"""What all of them may take there, whatever the timeout: GPUs and NCCL start."""
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -174,7 +178,7 @@ class Watch:
         self._progress += changed or phase in BUSY
         self._phase, self._came_on = phase, True
         if phase == INPUT and self._interrupted:  # too late for the answer, which has ended
-            self._interrupted, self._deadline = False, None
+            self._forget_interrupt()
         if changed and self.connected:
             self._tell_place(0.0)
 
@@ -198,7 +202,7 @@ class Watch:
     def check_interrupt(self) -> None:
         """Raise KeyboardInterrupt, at the same place on all ranks, if Ctrl-C was pressed inside `interruptible`."""
         if self.connected and self.share(self._interrupted):
-            self._interrupted, self._deadline = False, None
+            self._forget_interrupt()
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
@@ -298,7 +302,7 @@ class Watch:
             case "failed":
                 peer.gone = True
                 self._failures[rank] = (value[0], value[1], value[2])
-                self._deadline = self._deadline or (peer.heard + GRACE, value[0])
+                self._end_at(peer.heard + GRACE, value[0])
                 self._count_failures()
             case "lost":
                 self._end_lost(*value)
@@ -310,15 +314,14 @@ class Watch:
                 if value == TERMINATED and self._deadline is None:
                     self._lose(rank, f"was told to end in {peer.phase}")
                 if rank == 0:
-                    self._deadline = (peer.heard + (0 if value else 5 * GRACE), value)
+                    self._end_at(peer.heard + (0 if value else 5 * GRACE), value)
 
     def _on_signals(self, numbers: bytes) -> None:
         if signal.SIGTERM in numbers:
             if os.getppid() != self._parent:
                 self._lose(-1, f"torchrun's agent died in {self._phase}")
             # torchrun ends us because of another rank, which the others may be about to tell.
-            soon = (time.monotonic() + GRACE, TERMINATED)
-            self._deadline = min(self._deadline or soon, soon)
+            self._end_at(time.monotonic() + GRACE, TERMINATED)
         repeated = time.monotonic() - self._pressed < GRACE  # torchrun passes its own Ctrl-C on to us, who had ours
         if signal.SIGINT in numbers and self.place.leads and not repeated:
             self._pressed = time.monotonic()
@@ -327,7 +330,16 @@ class Watch:
                 self.leave(INTERRUPTED)
                 os._exit(INTERRUPTED)
             self._interrupted = self._phase != INPUT
-            self._deadline = (time.monotonic() + INTERRUPT_GRACE, INTERRUPTED)
+            self._end_at(time.monotonic() + INTERRUPT_GRACE, INTERRUPTED)
+
+    def _end_at(self, end: float, status: int) -> None:
+        """End this process then, unless something ends it before."""
+        self._deadline = min(self._deadline or (end, status), (end, status))
+
+    def _forget_interrupt(self) -> None:
+        self._interrupted = False
+        if self._deadline and self._deadline[1] == INTERRUPTED:
+            self._deadline = None
 
     def _on_interrupt(self, number: int, frame: object) -> None:
         if self.place.leads and self._interruptible and self._phase == INPUT:
@@ -360,14 +372,15 @@ class Watch:
         standing.append((self._progress, self.place.rank, self._moved, self._phase))
         progress, last, moved, phase = min(standing)
         ahead = phase != INPUT and any(other[0] > progress for other in standing)
-        together = all(other[3] in BUSY and now - other[2] > patience for other in standing)
+        limits = {JOIN: max(self._timeout, JOIN_SECONDS)} | dict.fromkeys(BUSY, self._timeout)
+        together = all(now - other[2] > limits.get(other[3], math.inf) + STALE for other in standing)
         if now - moved > patience and (ahead or together):
             # Those that wait for a rank have come no farther; the one that says nothing is what they wait for.
             quiet = [(peer.heard, rank, peer.phase) for rank, peer in present if now - peer.heard > QUIET]
             _, last, phase = min(quiet, default=(now, last, phase))
             if ahead or quiet:
                 self._lose(last, f"has not come on for {self._timeout:g} s, in {phase}")
-            self._lose(-1, f"no rank has come on for {self._timeout:g} s, in {phase}")
+            self._lose(-1, f"no rank has come on for {limits[phase]:g} s, in {phase}")
 
     def _lose(self, rank: int, what: str) -> NoReturn:
         """End all, because of `rank` (-1: an agent, or nobody knows): tell the others, so that all name the same."""
@@ -396,19 +409,20 @@ class Watch:
             self._peers[rank].kill()
 
     def _say(self, message: str) -> None:
-        write_line(self._messages or 2, f"fastgen: {message}")
+        write_line(2 if self._messages is None else self._messages, f"fastgen: {message}")
 
     def _end(self, message: str, status: int, others: Iterable[int]) -> NoReturn:
         """End this process, once the lowest rank that lives, and is none of `others`, has said why."""
-        while True:
-            speaker = min({*range(self.place.world)} - self._lost - {*others}, default=self.place.rank)
-            if speaker == self.place.rank:
-                self._say(message)
-                self._send({"said": status})
-                break
-            if self._peers[speaker].has_said(GRACE):
-                break
-            self._kill({speaker})  # it died as well, or is stuck
+        end, rank = time.monotonic() + GRACE, self.place.rank
+        for other in sorted(self._peers.keys() - self._lost - {*others}):
+            if other < rank or rank in others:
+                # The first has a second; those after it have waited for it as we have.
+                if self._peers[other].has_said(max(end - time.monotonic(), GRACE / 3)):
+                    os._exit(status)
+                self._kill({other})  # it died as well, or is stuck
+        if not any(peer.has_said(0.0) for peer in self._peers.values()):  # one that took this process for stuck
+            self._say(message)
+            self._send({"said": status})
         os._exit(status)
 
     def _count_failures(self) -> None:
