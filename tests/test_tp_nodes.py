@@ -12,14 +12,14 @@ from fastgen.load import load_model
 from fastgen.options import GenerationOptions
 from tests.torchrun import Run, torchrun
 
-FLAGS = ("--device", "cpu", "--max-new-tokens", "12", "--check-ranks")
+FLAGS = ("--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "12", "--check-ranks")
 
 
 def check(run: Run) -> None:
     """The run ends well, and has told what one process tells, once."""
     for agent in run.agents:
         assert agent.wait(timeout=200) == 0, run.message()
-    (answer,) = Engine(load_model("stories", device="cpu"), max_seq_len=64).generate(
+    (answer,) = Engine(load_model("stories", device="cpu", dtype="fp32"), max_seq_len=64).generate(
         ["Once upon a time"], GenerationOptions(max_new_tokens=12)
     )
     assert run.message().count(answer.text) == 1, run.message()
