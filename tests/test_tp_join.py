@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from fastgen.errors import RankLostError, UsageError
 from tests.torchrun import ENVIRONMENT, PORT
 from tp.dist import Ranks, choose_device, join
 from tp.place import Place
-from tp.watch import Watch
+from tp.watch import JOIN, Watch, process_watch
 
 
 @pytest.fixture
@@ -110,11 +111,17 @@ def test_an_environment_that_torchrun_does_not_make_is_refused(message: str, mon
 
 def test_what_is_true_of_one_rank_is_true_of_any(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
-    ranks = Ranks(Place(rank=0, world=2))
+    ranks, phases = Ranks(Place(rank=0, world=2)), []
+
+    def gather(x: torch.Tensor, other: int) -> torch.Tensor:
+        phases.append(process_watch()._phase)
+        return torch.stack((x, torch.full_like(x, other)))
+
     for other in (0, 5):
-        monkeypatch.setattr(ranks, "gather", lambda x, other=other: torch.stack((x, torch.full_like(x, other))))
+        monkeypatch.setattr(ranks, "gather", partial(gather, other=other))
         assert ranks.largest(3) == max(3, other) and ranks.largest(7) == 7
         assert ranks.any(False) == bool(other) and ranks.any(True)
+    assert phases == [JOIN] * 8 and process_watch()._phase != JOIN, "who does not come is missed there"
 
 
 def test_ranks_wait_for_each_other_and_one_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,11 +73,12 @@ class Ranks:
         return bool(self.largest(int(value)))
 
     def largest(self, value: int) -> int:
-        """Return the largest of all ranks' values, which come here together on CPUs or on GPUs."""
+        """Return the largest of all ranks' values, which come here together: one that never comes is missed."""
         if self.world == 1:
             return value
         device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
-        return int(self.gather(torch.tensor([value], device=device)).max())
+        with self.waiting():
+            return int(self.gather(torch.tensor([value], device=device)).max())
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
         """Wait for the others inside, outside of any step; see `Watch.waiting`."""

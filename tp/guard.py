@@ -22,9 +22,6 @@ import sys
 import time
 from pathlib import Path
 
-LONGEST = 1000
-"""Characters of a line: so many bytes a pipe that takes any takes at once."""
-
 TURN, PATIENCE = 0.5, 3.0
 LONG = 4 * TURN
 """Seconds of a turn after which this process must have been stopped too, and the rank's silence means nothing."""
@@ -84,10 +81,11 @@ def keep(rank: int, agent: int, timeout: float, name: str) -> None:
 
 
 def write_line(file: int, text: str) -> None:
-    """Write a line to where it can be written within a second: ends must not wait for who reads of them."""
+    """Write a line, if it can be written within a second: ends must not wait for who reads of them."""
+    line = text.encode(errors="backslashreplace")[: select.PIPE_BUF - 1] + b"\n"  # a pipe that is ready takes so many
     with contextlib.suppress(OSError):
         if select.select([], [file], [], 1.0)[1]:
-            os.write(file, f"{text[:LONGEST]}\n".encode(errors="backslashreplace"))
+            os.write(file, line)
 
 
 def _lives(process: int) -> bool:
